@@ -1,0 +1,366 @@
+//! The two device programs, as instructions.
+//!
+//! The kernel runs every device program of a task's cgroup and of its ancestors, the leaf's first and the root's last,
+//! and hands the verdict on: 0, or a negative errno (`bpf_prog_run_array_cg` in kernel/bpf/cgroup.c). An earlier error
+//! is kept when a later program refuses too.
+//!
+//! - [`lift`] sits on the cgroup2 root, so it runs last. It reads the verdict, and where that is a refusal and the map
+//!   of grants holds (cgroup, device, access) for an ancestor of the task, it lifts it. It can never deny.
+//! - [`mark`] sits in first place on a granted container's cgroup. A refusal that it sees comes from *below* the
+//!   container: from a filter that a nested container or a unit has of its own. It turns that `-EPERM` into
+//!   `-(2000 + level)`, so that [`lift`] does not open the outer container's devices to the inner one.
+//!
+//! A runtime's update may detach all programs of a container, [`mark`] among them. Then a refusal from below would look
+//! like the container's own. So [`mark`] also leaves a *witness* of having run, in a per-CPU slot that [`lift`] reads
+//! and clears at each verdict: without it, a grant holds for tasks in the container's own cgroup alone. A witness that
+//! is lost (another task opened a device on this CPU between the two programs) can only keep a refusal in force.
+
+/// One eBPF instruction (linux/bpf.h, `struct bpf_insn`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Insn {
+    code: u8,
+    dst: u8,
+    src: u8,
+    off: i16,
+    imm: i32,
+}
+
+impl Insn {
+    /// The eight bytes that the kernel reads, little-endian.
+    pub fn to_bytes(self) -> [u8; 8] {
+        let [off_low, off_high] = self.off.to_le_bytes();
+        let [a, b, c, d] = self.imm.to_le_bytes();
+        [self.code, self.src << 4 | self.dst, off_low, off_high, a, b, c, d]
+    }
+}
+
+/// The program's bytes.
+pub fn assemble(program: &[Insn]) -> Vec<u8> {
+    program.iter().flat_map(|insn| insn.to_bytes()).collect()
+}
+
+/// Version of the maps' layout; part of the names, so that a newer binary knows an older one's maps.
+pub const LAYOUT: u32 = 1;
+/// Name of the map of grants.
+pub const GRANTS_MAP: &str = "qmhp_grants1";
+/// Name of the map of witnesses.
+pub const WITNESS_MAP: &str = "qmhp_witness1";
+/// What the names of all versions of [`lift`] start with.
+pub const LIFT_PREFIX: &str = "qmhp_lift";
+/// What the names of all versions of [`mark`] start with.
+pub const MARK_PREFIX: &str = "qmhp_mark";
+
+/// A grant's key: cgroup id (u64), kind (`BPF_DEVCG_DEV_*`), major, minor, zero; in the byte order of the machine.
+pub const KEY_SIZE: usize = 24;
+/// A grant's value: `BPF_DEVCG_ACC_*` bits (u32).
+pub const VALUE_SIZE: usize = 4;
+/// A witness: the task (`bpf_get_current_pid_tgid`, u64) and the levels whose marks ran for it (bit set, u64).
+pub const WITNESS_SIZE: usize = 16;
+
+/// Ancestor levels that [`lift`] looks at: a container's cgroup must be less deep than this.
+pub const MAX_LEVELS: u32 = 32;
+/// `-(MARK_BASE + level)` is the verdict of a refusal from below a marked cgroup of that level.
+pub const MARK_BASE: i32 = 2000;
+
+const EPERM: i32 = -1;
+
+/// Where the fields of `struct bpf_cgroup_dev_ctx` are.
+const CTX_ACCESS_TYPE: i16 = 0;
+const CTX_MAJOR: i16 = 4;
+const CTX_MINOR: i16 = 8;
+
+/// Helper numbers (linux/bpf.h, `enum bpf_func_id`).
+mod helper {
+    pub(super) const MAP_LOOKUP_ELEM: i32 = 1;
+    pub(super) const GET_CURRENT_PID_TGID: i32 = 14;
+    pub(super) const GET_CURRENT_CGROUP_ID: i32 = 80;
+    pub(super) const GET_CURRENT_ANCESTOR_CGROUP_ID: i32 = 123;
+    pub(super) const GET_RETVAL: i32 = 186;
+    pub(super) const SET_RETVAL: i32 = 187;
+}
+
+/// The program for the cgroup2 root, over the two maps with these file descriptors.
+pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
+    // Stack: [-4] map index; [-40..-16] key; [-48] wanted access.
+    const INDEX: i16 = -4;
+    const KEY: i16 = -40;
+    const WANTED: i16 = -48;
+    let mut a = Assembler::default();
+    a.mov(R6, R1);
+    // R9 = levels whose marks ran for this very verdict; the slot is cleared for the next one.
+    a.store_imm(W, R10, INDEX, 0);
+    a.lookup(witness_fd, INDEX);
+    a.mov_imm(R9, 0);
+    a.jump_imm(JEQ, R0, 0, "verdict");
+    a.mov(R7, R0);
+    a.load(DW, R8, R7, 0);
+    a.load(DW, R9, R7, 8);
+    a.store_imm(DW, R7, 0, 0);
+    a.call(helper::GET_CURRENT_PID_TGID);
+    a.jump_reg(JEQ, R0, R8, "verdict");
+    a.mov_imm(R9, 0);
+
+    // R8 = first level to look at.
+    a.label("verdict");
+    a.call(helper::GET_RETVAL);
+    a.mov_imm(R8, 1);
+    a.jump32_imm(JEQ, R0, EPERM, "wanted");
+    a.mov32(R8, R0);
+    a.alu32_imm(ADD, R8, MARK_BASE);
+    a.neg32(R8);
+    a.jump32_imm(JGT, R8, MAX_LEVELS as i32 - 1, "leave");
+    a.alu32_imm(ADD, R8, 1);
+
+    a.label("wanted");
+    a.load(W, R1, R6, CTX_ACCESS_TYPE);
+    a.mov32(R2, R1);
+    a.alu32_imm(AND, R2, 0xffff);
+    a.store(W, R10, KEY + 8, R2);
+    a.alu32_imm(RSH, R1, 16);
+    a.store(DW, R10, WANTED, R1);
+    a.load(W, R1, R6, CTX_MAJOR);
+    a.store(W, R10, KEY + 12, R1);
+    a.load(W, R1, R6, CTX_MINOR);
+    a.store(W, R10, KEY + 16, R1);
+    a.store_imm(W, R10, KEY + 20, 0);
+
+    a.label("level");
+    a.jump32_imm(JGT, R8, MAX_LEVELS as i32 - 1, "refuse");
+    a.mov(R1, R8);
+    a.call(helper::GET_CURRENT_ANCESTOR_CGROUP_ID);
+    a.jump_imm(JEQ, R0, 0, "refuse");
+    a.store(DW, R10, KEY, R0);
+    a.lookup(grants_fd, KEY);
+    a.jump_imm(JEQ, R0, 0, "next");
+    a.load(W, R1, R0, 0);
+    a.load(DW, R2, R10, WANTED);
+    a.alu64(AND, R1, R2);
+    a.jump_reg(JNE, R1, R2, "next");
+    // Granted to this level: good for the cgroup itself, and below it where its mark vouches for the refusal.
+    a.mov(R1, R9);
+    a.alu64(RSH, R1, R8);
+    a.alu64_imm(AND, R1, 1);
+    a.jump_imm(JNE, R1, 0, "allow");
+    a.call(helper::GET_CURRENT_CGROUP_ID);
+    a.load(DW, R1, R10, KEY);
+    a.jump_reg(JEQ, R0, R1, "allow");
+    a.label("next");
+    a.alu64_imm(ADD, R8, 1);
+    a.jump("level");
+
+    a.label("allow");
+    a.mov_imm(R1, 0);
+    a.jump("set");
+    a.label("refuse");
+    a.mov_imm(R1, EPERM);
+    a.label("set");
+    a.call(helper::SET_RETVAL);
+    a.label("leave");
+    a.mov_imm(R0, 1);
+    a.exit();
+    a.finish()
+}
+
+/// The program for first place on a granted container's cgroup at `level` (the root's children have level 1).
+pub fn mark(level: u32, witness_fd: i32) -> Vec<Insn> {
+    assert!(level < MAX_LEVELS, "a cgroup of level {level} cannot be marked");
+    const INDEX: i16 = -4;
+    let mut a = Assembler::default();
+    a.store_imm(W, R10, INDEX, 0);
+    a.lookup(witness_fd, INDEX);
+    a.jump_imm(JEQ, R0, 0, "verdict");
+    a.mov(R7, R0);
+    a.call(helper::GET_CURRENT_PID_TGID);
+    a.load(DW, R1, R7, 0);
+    a.jump_reg(JEQ, R1, R0, "add");
+    a.store(DW, R7, 0, R0);
+    a.store_imm(DW, R7, 8, 0);
+    a.label("add");
+    a.mov_imm(R2, 1);
+    a.alu64_imm(LSH, R2, level as i32);
+    a.load(DW, R1, R7, 8);
+    a.alu64(OR, R1, R2);
+    a.store(DW, R7, 8, R1);
+
+    a.label("verdict");
+    a.call(helper::GET_RETVAL);
+    a.jump32_imm(JNE, R0, EPERM, "leave");
+    a.mov_imm(R1, -(MARK_BASE + level as i32));
+    a.call(helper::SET_RETVAL);
+    a.label("leave");
+    a.mov_imm(R0, 1);
+    a.exit();
+    a.finish()
+}
+
+/// A program that lets everything pass: it can be loaded to see whether device programs work at all.
+pub fn allow() -> Vec<Insn> {
+    let mut a = Assembler::default();
+    a.mov_imm(R0, 1);
+    a.exit();
+    a.finish()
+}
+
+/// The name of this binary's [`lift`]: layout version and a fingerprint of the instructions, 15 characters.
+pub fn lift_name() -> String {
+    format!("{LIFT_PREFIX}{LAYOUT}_{:04x}", fingerprint(&lift(0, 0)))
+}
+
+/// The name of this binary's [`mark`]s.
+pub fn mark_name() -> String {
+    format!("{MARK_PREFIX}{LAYOUT}_{:04x}", fingerprint(&mark(1, 0)))
+}
+
+/// FNV-1a, folded to 16 bits: enough to tell one build's program from the next one's.
+fn fingerprint(program: &[Insn]) -> u16 {
+    let hash = assemble(program).iter().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
+    (hash ^ (hash >> 16)) as u16
+}
+
+#[derive(Clone, Copy)]
+struct Reg(u8);
+const R0: Reg = Reg(0);
+const R1: Reg = Reg(1);
+const R2: Reg = Reg(2);
+const R6: Reg = Reg(6);
+const R7: Reg = Reg(7);
+const R8: Reg = Reg(8);
+const R9: Reg = Reg(9);
+const R10: Reg = Reg(10);
+
+// Operation codes (linux/bpf_common.h, linux/bpf.h).
+const W: u8 = 0x00;
+const DW: u8 = 0x18;
+const ADD: u8 = 0x00;
+const OR: u8 = 0x40;
+const AND: u8 = 0x50;
+const LSH: u8 = 0x60;
+const RSH: u8 = 0x70;
+const NEG: u8 = 0x80;
+const MOV: u8 = 0xb0;
+const JA: u8 = 0x00;
+const JEQ: u8 = 0x10;
+const JGT: u8 = 0x20;
+const JNE: u8 = 0x50;
+const CALL: u8 = 0x80;
+const EXIT: u8 = 0x90;
+const CLASS_LD: u8 = 0x00;
+const CLASS_LDX: u8 = 0x01;
+const CLASS_ST: u8 = 0x02;
+const CLASS_STX: u8 = 0x03;
+const CLASS_ALU32: u8 = 0x04;
+const CLASS_JMP: u8 = 0x05;
+const CLASS_JMP32: u8 = 0x06;
+const CLASS_ALU64: u8 = 0x07;
+const MODE_MEM: u8 = 0x60;
+const SOURCE_REG: u8 = 0x08;
+/// `src_reg` of a 64-bit load that the kernel replaces by a map's address.
+const PSEUDO_MAP_FD: u8 = 1;
+
+#[derive(Default)]
+struct Assembler {
+    insns: Vec<Insn>,
+    labels: Vec<(&'static str, usize)>,
+    jumps: Vec<(usize, &'static str)>,
+}
+
+impl Assembler {
+    fn push(&mut self, code: u8, dst: Reg, src: Reg, off: i16, imm: i32) {
+        self.insns.push(Insn { code, dst: dst.0, src: src.0, off, imm });
+    }
+
+    fn label(&mut self, name: &'static str) {
+        self.labels.push((name, self.insns.len()));
+    }
+
+    fn mov(&mut self, dst: Reg, src: Reg) {
+        self.push(CLASS_ALU64 | MOV | SOURCE_REG, dst, src, 0, 0);
+    }
+
+    fn mov32(&mut self, dst: Reg, src: Reg) {
+        self.push(CLASS_ALU32 | MOV | SOURCE_REG, dst, src, 0, 0);
+    }
+
+    fn mov_imm(&mut self, dst: Reg, imm: i32) {
+        self.push(CLASS_ALU64 | MOV, dst, R0, 0, imm);
+    }
+
+    fn alu64(&mut self, op: u8, dst: Reg, src: Reg) {
+        self.push(CLASS_ALU64 | op | SOURCE_REG, dst, src, 0, 0);
+    }
+
+    fn alu64_imm(&mut self, op: u8, dst: Reg, imm: i32) {
+        self.push(CLASS_ALU64 | op, dst, R0, 0, imm);
+    }
+
+    fn alu32_imm(&mut self, op: u8, dst: Reg, imm: i32) {
+        self.push(CLASS_ALU32 | op, dst, R0, 0, imm);
+    }
+
+    fn neg32(&mut self, dst: Reg) {
+        self.push(CLASS_ALU32 | NEG, dst, R0, 0, 0);
+    }
+
+    fn load(&mut self, size: u8, dst: Reg, src: Reg, off: i16) {
+        self.push(CLASS_LDX | MODE_MEM | size, dst, src, off, 0);
+    }
+
+    fn store(&mut self, size: u8, dst: Reg, off: i16, src: Reg) {
+        self.push(CLASS_STX | MODE_MEM | size, dst, src, off, 0);
+    }
+
+    fn store_imm(&mut self, size: u8, dst: Reg, off: i16, imm: i32) {
+        self.push(CLASS_ST | MODE_MEM | size, dst, R0, off, imm);
+    }
+
+    fn call(&mut self, helper: i32) {
+        self.push(CLASS_JMP | CALL, R0, R0, 0, helper);
+    }
+
+    /// R0 = the address of the value under the key at `R10 + key`, or 0.
+    fn lookup(&mut self, map_fd: i32, key: i16) {
+        self.push(CLASS_LD | DW, R1, Reg(PSEUDO_MAP_FD), 0, map_fd);
+        self.push(0, R0, R0, 0, 0);
+        self.mov(R2, R10);
+        self.alu64_imm(ADD, R2, i32::from(key));
+        self.call(helper::MAP_LOOKUP_ELEM);
+    }
+
+    fn jump(&mut self, to: &'static str) {
+        self.branch(CLASS_JMP | JA, R0, R0, 0, to);
+    }
+
+    fn jump_imm(&mut self, op: u8, dst: Reg, imm: i32, to: &'static str) {
+        self.branch(CLASS_JMP | op, dst, R0, imm, to);
+    }
+
+    fn jump_reg(&mut self, op: u8, dst: Reg, src: Reg, to: &'static str) {
+        self.branch(CLASS_JMP | op | SOURCE_REG, dst, src, 0, to);
+    }
+
+    /// Compares the low 32 bits: a verdict is an `int`.
+    fn jump32_imm(&mut self, op: u8, dst: Reg, imm: i32, to: &'static str) {
+        self.branch(CLASS_JMP32 | op, dst, R0, imm, to);
+    }
+
+    fn branch(&mut self, code: u8, dst: Reg, src: Reg, imm: i32, to: &'static str) {
+        self.jumps.push((self.insns.len(), to));
+        self.push(code, dst, src, 0, imm);
+    }
+
+    fn exit(&mut self) {
+        self.push(CLASS_JMP | EXIT, R0, R0, 0, 0);
+    }
+
+    fn finish(mut self) -> Vec<Insn> {
+        for (at, name) in self.jumps {
+            let target = self.labels.iter().find(|(label, _)| *label == name).expect("a jump's label exists").1;
+            self.insns[at].off = (target as isize - at as isize - 1) as i16;
+        }
+        self.insns
+    }
+}
+
+#[cfg(test)]
+#[path = "filter_program_tests.rs"]
+mod tests;

@@ -1,0 +1,41 @@
+//! Hot-plugged devices in running containers.
+//!
+//! # The map of the code
+//!
+//! A device comes or goes, a container starts or stops, a person asks, the agent restarts: all of it goes one way.
+//!
+//! ```text
+//!  kernel and udev events   runtime state files   the ledger        command line, API
+//!          │                        │                 │                    │
+//!          └───────── observe ──────┴─────────────────┘                    │
+//!                        │                                                 │
+//!              core::matcher: what should be          core::plan::Request ─┘
+//!                        │                                 │
+//!              core::plan: desired minus observed, as steps with inverses
+//!                        │
+//!              ops: execute; undo on failure; the ledger is written before the act
+//!                   │                       │
+//!          sys::device_filter           sys::node
+//!          (BPF map at the cgroup root) (mknod in the container's mount namespace)
+//! ```
+//!
+//! | module | what it knows | may import |
+//! |---|---|---|
+//! | [`core`] | the words and the decisions; no system call, no clock | nothing of ours |
+//! | [`sys`] | the kernel: BPF, cgroups, namespaces, device nodes, events; all the `unsafe` | `core` |
+//! | [`runtime`] | what each container runtime leaves on disk | `core`, `sys` |
+//! | [`ops`] | carries out plans, keeps the ledger | the above |
+//! | [`agent`] | the service: one loop that observes, plans, executes; its socket | the above |
+//! | [`precreate`] | the OCI hook | `core`, `sys` |
+//! | [`cli`] | one file a command, and what a person reads | all |
+
+#![deny(unsafe_code)]
+
+pub mod agent;
+pub mod cli;
+pub mod core;
+pub mod error;
+pub mod ops;
+pub mod precreate;
+pub mod runtime;
+pub mod sys;
