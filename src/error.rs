@@ -1,1 +1,165 @@
-//! x
+//! What can go wrong, in the words that a person reads, with the exit code that goes with it.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::core::device::Number;
+
+/// The result of everything in this crate that can fail in a way a person should read.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Every failure names the container, device or path, what stood in the way, and what to do.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The command line or a request is malformed.
+    #[error("{0}")]
+    Usage(String),
+    /// The destination is not a path where a node may be made.
+    #[error("destination '{path}' {reason}")]
+    BadDestination {
+        /// As given.
+        path: String,
+        /// In words, following the path.
+        reason: &'static str,
+    },
+    /// No container answers to this name.
+    #[error("no running container '{0}': `qm-hotplug ps` lists those that are found")]
+    NoSuchContainer(String),
+    /// Several containers share the beginning of an id.
+    #[error("'{name}' is ambiguous, it is the beginning of {}: give more of the id, or a name", candidates.join(" and "))]
+    AmbiguousContainer {
+        /// As given.
+        name: String,
+        /// The containers' ids and names.
+        candidates: Vec<String>,
+    },
+    /// The container ended while we were at work.
+    #[error("container '{0}' exited meanwhile; nothing is left behind in it")]
+    ContainerExited(String),
+    /// The device's path does not exist.
+    #[error("no device '{0}' on this host: plug it in first, or see `ls -l {parent}`", parent = parent(.0))]
+    NoSuchDevice(String),
+    /// The path is something else than a device node.
+    #[error("'{path}' is {what}, not a device node: give a path such as /dev/ttyUSB0")]
+    NotADevice {
+        /// As given.
+        path: String,
+        /// `a directory`, `a regular file`, …
+        what: &'static str,
+    },
+    /// Nothing in the ledger is named by a `detach`.
+    #[error("container '{container}' has no grant for '{device}': `qm-hotplug list` shows what is in force")]
+    NoSuchGrant {
+        /// Name or id.
+        container: String,
+        /// As given.
+        device: String,
+    },
+    /// What is asked for must not or cannot be done to this container.
+    #[error("container '{container}': {reason}")]
+    Refused {
+        /// Name or id.
+        container: String,
+        /// In words, with the advice.
+        reason: String,
+    },
+    /// Our own process lacks something.
+    #[error("{0}")]
+    Unfit(String),
+    /// The kernel cannot carry the device filter.
+    #[error("this kernel ({release}) cannot carry the device filter: {what}: it needs Linux 6.1 with CONFIG_CGROUP_BPF and a process with CAP_SYS_ADMIN or CAP_BPF")]
+    NoDeviceFilter {
+        /// `uname -r`.
+        release: String,
+        /// Which step failed.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// A system call on behalf of a container failed.
+    #[error("container '{container}': cannot {what}")]
+    InContainer {
+        /// Name or id.
+        container: String,
+        /// What was tried, with the path or device concerned.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A system call on the host failed.
+    #[error("cannot {what}")]
+    Host {
+        /// What was tried, with the path concerned.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file of ours or of a runtime cannot be understood.
+    #[error("{}: {reason}", path.display())]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// In words.
+        reason: String,
+    },
+    /// A step failed and taking back the steps before it failed too.
+    #[error("{first}; and undoing it failed: {undo}: the ledger keeps {device} of container '{container}' as left over, `qm-hotplug detach` tries again")]
+    Undo {
+        /// The first failure.
+        first: Box<Error>,
+        /// What the undo failed on.
+        undo: Box<Error>,
+        /// Name or id.
+        container: String,
+        /// The device.
+        device: Number,
+    },
+    /// The agent answered with an error.
+    #[error("{message}")]
+    Remote {
+        /// The agent's words.
+        message: String,
+        /// The exit code that goes with them.
+        code: u8,
+    },
+}
+
+impl Error {
+    /// The documented exit code: 1 failed, 2 usage, 3 no such container, 4 no such device, 5 refused, 6 timed out.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage(_) | Error::BadDestination { .. } => 2,
+            Error::NoSuchContainer(_) | Error::AmbiguousContainer { .. } | Error::ContainerExited(_) => 3,
+            Error::NoSuchDevice(_) | Error::NotADevice { .. } | Error::NoSuchGrant { .. } => 4,
+            Error::Refused { .. } | Error::Unfit(_) | Error::NoDeviceFilter { .. } => 5,
+            Error::InContainer { .. } | Error::Host { .. } | Error::BadFile { .. } => 1,
+            Error::Undo { first, .. } => first.exit_code(),
+            Error::Remote { code, .. } => *code,
+        }
+    }
+
+    /// The message with the causes behind it, on one line.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            text = format!("{text}: {error}");
+            source = error.source();
+        }
+        text
+    }
+
+    /// For `map_err` on a host call.
+    pub fn host<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
+        move |source| Error::Host { what: what.into(), source: source.into() }
+    }
+}
+
+fn parent(path: &str) -> &str {
+    match path.rfind('/') {
+        Some(0) | None => "/dev",
+        Some(at) => &path[..at],
+    }
+}

@@ -129,8 +129,9 @@ customize() {
         systemd-journal-catalog-update.service systemd-update-utmp.service; do
         ln -sf /dev/null "$root/etc/systemd/system/$unit"
     done
-    mkdir -p "$root/etc/systemd/system/multi-user.target.wants"
-    ln -sf ../qmh-lab-agent.service "$root/etc/systemd/system/multi-user.target.wants/qmh-lab-agent.service"
+    local wants=$root/etc/systemd/system/multi-user.target.wants
+    mkdir -p "$wants"
+    ln -s ../qmh-lab-agent.service ../qmh-lab-binary.service "$wants/"
     chroot "$root" systemd-hwdb update
 }
 

@@ -1,1 +1,151 @@
-//! x
+//! The ledger's types: which grants are in force, and what was made for them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::core::container::{Container, short_id};
+use crate::core::device::{Access, Device, Identity, Number};
+
+/// Version of the ledger's format.
+pub const VERSION: u32 = 1;
+
+/// A container as a grant remembers it: enough to find it again, and to know that it is the same one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// The runtime's id, or `pid:N`.
+    pub id: String,
+    /// Its name, if it has one.
+    pub name: Option<String>,
+    /// Process id of its init.
+    pub pid: u32,
+    /// Start time of init in clock ticks after boot.
+    pub start_time: u64,
+    /// Path of its own cgroup below the cgroup2 root.
+    pub cgroup: String,
+    /// Id of that cgroup.
+    pub cgroup_id: u64,
+}
+
+impl Holder {
+    /// A container with its own cgroup.
+    pub fn new(container: &Container, cgroup: &str, cgroup_id: u64) -> Holder {
+        Holder {
+            id: container.id.clone(),
+            name: container.name.clone(),
+            pid: container.pid,
+            start_time: container.start_time,
+            cgroup: cgroup.to_owned(),
+            cgroup_id,
+        }
+    }
+
+    /// What a person would call it.
+    pub fn label(&self) -> &str {
+        self.name.as_deref().unwrap_or_else(|| short_id(&self.id))
+    }
+
+    /// Whether both are the same run of the same container.
+    pub fn is_same_run(&self, other: &Holder) -> bool {
+        (&self.id, self.pid, self.start_time) == (&other.id, other.pid, other.start_time)
+    }
+}
+
+/// A device as a grant remembers it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Granted {
+    /// Kind and numbers.
+    pub number: Number,
+    /// Tells it from a later device with the same numbers.
+    pub identity: Identity,
+    /// Its node's path on the host.
+    pub node: String,
+}
+
+impl From<&Device> for Granted {
+    fn from(device: &Device) -> Granted {
+        Granted { number: device.number, identity: device.identity.clone(), node: device.node.clone() }
+    }
+}
+
+/// The node that a grant wants in the container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Absolute path inside.
+    pub path: String,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Permission bits.
+    pub mode: u32,
+}
+
+/// Why a grant is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// An annotation asks for this category.
+    Rule(String),
+    /// A person attached it.
+    Manual,
+}
+
+/// A right on a device and a node for it, in one run of one container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grant {
+    /// Who has it.
+    pub holder: Holder,
+    /// On what.
+    pub device: Granted,
+    /// Which rights.
+    pub access: Access,
+    /// The node inside.
+    pub node: Node,
+    /// Why.
+    pub origin: Origin,
+}
+
+impl Grant {
+    /// Whether both put the same device with the same rights at the same path of the same container.
+    pub fn is_same(&self, other: &Grant) -> bool {
+        self.holder.is_same_run(&other.holder)
+            && self.device.number == other.device.number
+            && self.device.identity == other.device.identity
+            && self.node.path == other.node.path
+            && self.access == other.access
+    }
+}
+
+/// How far a grant has come, and whose its node is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Placement {
+    /// Written down before the act: nothing, or any part of it, may have been done.
+    Pending,
+    /// We made the node, and these directories for it.
+    Ours(Vec<String>),
+    /// The container had the node; it stays.
+    Container,
+    /// The container's directory is the host's; its node stays.
+    Host,
+}
+
+/// One line of the ledger.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The grant.
+    pub grant: Grant,
+    /// What was made for it.
+    pub placement: Placement,
+    /// Why taking it back failed, where it did: what is left is tried again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_over: Option<String>,
+}
+
+/// The ledger of one container, as it lies on disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Page {
+    /// [`VERSION`].
+    pub version: u32,
+    /// What is in force.
+    pub entries: Vec<Entry>,
+}

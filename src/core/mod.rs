@@ -3,6 +3,7 @@
 pub mod annotation;
 pub mod category;
 pub mod container;
+pub mod destination;
 pub mod device;
 pub mod filter_program;
 pub mod ledger;

@@ -1,1 +1,144 @@
-//! x
+//! Desired minus observed, as changes; each change as steps, each step with its inverse.
+//!
+//! A change is one grant or one revocation, carried out whole or not at all. Its steps are computed from the ledger as
+//! it is when its turn comes, because a change before it may have failed.
+
+use crate::core::device::{Access, Number};
+use crate::core::ledger::{Entry, Grant, Holder, Placement};
+
+/// One grant to make, or one to take back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// Put it into force.
+    Add(Grant),
+    /// Take it back.
+    Remove(Entry),
+}
+
+/// The smallest act.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Write the grant into the ledger, before anything is done for it.
+    Record(Entry),
+    /// Strike it from the ledger, after everything of it is gone.
+    Forget(Entry),
+    /// Put the mark into first place on the holder's cgroup.
+    Mark(Holder),
+    /// Remove the mark.
+    Unmark(Holder),
+    /// Change the rights of the holder's cgroup.
+    Allow {
+        /// Whose.
+        holder: Holder,
+        /// On what.
+        number: Number,
+        /// Before this step.
+        before: Access,
+        /// After it.
+        after: Access,
+    },
+    /// Make the node.
+    MakeNode(Grant),
+    /// Remove the node, and the directories made for it.
+    RemoveNode {
+        /// Whose node.
+        grant: Grant,
+        /// Outermost first.
+        directories: Vec<String>,
+    },
+}
+
+impl Step {
+    /// The step that takes this one back.
+    pub fn inverse(&self) -> Step {
+        match self.clone() {
+            Step::Record(entry) => Step::Forget(entry),
+            Step::Forget(entry) => Step::Record(entry),
+            Step::Mark(holder) => Step::Unmark(holder),
+            Step::Unmark(holder) => Step::Mark(holder),
+            Step::Allow { holder, number, before, after } => Step::Allow { holder, number, before: after, after: before },
+            Step::MakeNode(grant) => Step::RemoveNode { grant, directories: Vec::new() },
+            Step::RemoveNode { grant, .. } => Step::MakeNode(grant),
+        }
+    }
+}
+
+/// What must change so that `desired` is in force and nothing else. Removals come first: a number or a path that
+/// changes hands is free before the next one takes it. Of two grants for one path of one container the first counts.
+pub fn changes(desired: &[Grant], observed: &[Entry]) -> Vec<Change> {
+    let settled = |entry: &Entry| entry.placement != Placement::Pending && entry.left_over.is_none();
+    let mut kept: Vec<&Grant> = Vec::new();
+    let mut changes = Vec::new();
+    for entry in observed {
+        if settled(entry) && desired.iter().any(|grant| grant.is_same(&entry.grant)) {
+            kept.push(&entry.grant);
+        } else {
+            changes.push(Change::Remove(entry.clone()));
+        }
+    }
+    for grant in desired {
+        let taken = |other: &&Grant| other.holder.is_same_run(&grant.holder) && other.node.path == grant.node.path;
+        if !kept.iter().any(taken) {
+            kept.push(grant);
+            changes.push(Change::Add(grant.clone()));
+        }
+    }
+    changes
+}
+
+impl Change {
+    /// The steps of this change, given what the ledger holds before it.
+    pub fn steps(&self, ledger: &[Entry]) -> Vec<Step> {
+        match self {
+            Change::Add(grant) => {
+                let (number, before) = (grant.device.number, rights(ledger, grant, None));
+                let after = before.union(grant.access);
+                let entry = Entry { grant: grant.clone(), placement: Placement::Pending, left_over: None };
+                let mut steps = vec![Step::Record(entry)];
+                if !ledger.iter().any(|other| other.grant.holder.cgroup_id == grant.holder.cgroup_id) {
+                    steps.push(Step::Mark(grant.holder.clone()));
+                }
+                // The right first: a node that is seen can be opened.
+                steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });
+                steps.push(Step::MakeNode(grant.clone()));
+                steps
+            }
+            Change::Remove(entry) => {
+                let grant = &entry.grant;
+                let number = grant.device.number;
+                let (before, after) = (rights(ledger, grant, None), rights(ledger, grant, Some(entry)));
+                let mut steps = Vec::new();
+                match &entry.placement {
+                    Placement::Ours(directories) => {
+                        steps.push(Step::RemoveNode { grant: grant.clone(), directories: directories.clone() });
+                    }
+                    Placement::Pending => steps.push(Step::RemoveNode { grant: grant.clone(), directories: Vec::new() }),
+                    Placement::Container | Placement::Host => {}
+                }
+                steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });
+                let others = |other: &&Entry| *other != entry && other.grant.holder.cgroup_id == grant.holder.cgroup_id;
+                if !ledger.iter().any(|other| others(&other)) {
+                    steps.push(Step::Unmark(grant.holder.clone()));
+                }
+                steps.push(Step::Forget(entry.clone()));
+                steps
+            }
+        }
+    }
+}
+
+/// The rights that the ledger's entries give the grant's cgroup on its device, leaving one entry out: two nodes may
+/// stand for one device.
+fn rights(ledger: &[Entry], grant: &Grant, without: Option<&Entry>) -> Access {
+    ledger
+        .iter()
+        .filter(|entry| Some(*entry) != without)
+        .filter(|entry| {
+            entry.grant.holder.cgroup_id == grant.holder.cgroup_id && entry.grant.device.number == grant.device.number
+        })
+        .fold(Access::NONE, |all, entry| all.union(entry.grant.access))
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+pub(crate) mod tests;

@@ -1,1 +1,12 @@
-//! x
+//! The kernel's edge: every system call and all the `unsafe` of this crate.
+
+pub mod bpf;
+pub mod cgroup;
+pub mod devfs;
+pub mod device_filter;
+pub mod host;
+pub mod namespace;
+pub mod node;
+pub mod process;
+pub mod udev;
+pub mod uevent;

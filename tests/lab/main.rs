@@ -1,1 +1,61 @@
-fn main(){}
+//! The lab tier: real systemd, udevd, Podman and USB hot-plug in an emulated Debian machine.
+//!
+//! Run it with `scripts/lab.sh [bookworm|trixie] [FILTER...]`, which builds the image and the binary first.
+//! All cases share one boot and run one after the other, in the order of [`cases`]: each leaves the machine
+//! as it found it (what it plugged is unplugged, its containers are gone), also when it fails, because
+//! [`vm::Plugged`] and [`container::Container`] clean up on drop.
+
+mod channel;
+mod container;
+mod qmp;
+mod smoke;
+mod vm;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use crate::vm::{Image, Vm};
+
+/// A case: its name and what it does with the running machine. It fails by panicking.
+pub(crate) type Case = (&'static str, fn(&Vm));
+
+/// Every case of the tier. A new file of cases is added here.
+fn cases() -> impl Iterator<Item = Case> {
+    smoke::CASES.iter().copied()
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // One machine, and its USB ports and device numbers, belong to one case at a time.
+    arguments.test_threads = Some(1);
+
+    if arguments.list {
+        let listed = cases().map(|(name, _)| Trial::test(name, || Ok(()))).collect();
+        return libtest_mimic::run(&arguments, listed).exit_code();
+    }
+    let Some(image) = Image::from_environment() else {
+        eprintln!("the lab tier needs an image and a build: run scripts/lab.sh [bookworm|trixie] [FILTER...]");
+        return ExitCode::FAILURE;
+    };
+    let vm = Arc::new(Vm::boot(&image));
+    eprintln!(
+        "{} runs after {:.1} s, console: {}",
+        image.release,
+        vm.boot_time().as_secs_f64(),
+        vm.console().display()
+    );
+
+    let trials = cases().map(|(name, run)| {
+        let vm = Arc::clone(&vm);
+        Trial::test(name, move || {
+            // libtest-mimic would catch a panic too, but then its message says nothing of the console log.
+            catch_unwind(AssertUnwindSafe(|| run(&vm)))
+                .map_err(|_| Failed::from(format!("console log: {}", vm.console().display())))
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    // The last handle on the machine goes out of scope here, which ends it.
+}

@@ -1,0 +1,113 @@
+//! From what a person or a runtime names to what can be worked on: a running container with a cgroup of its own.
+
+use crate::core::container::{Container, Lookup, Reference, Runtime, find};
+use crate::core::ledger::Holder;
+use crate::error::{Error, Result};
+use crate::runtime;
+use crate::sys::cgroup::{Cgroup, CgroupRoot, own_path};
+use crate::sys::process::Process;
+
+/// Finds the container that `reference` names among those given.
+pub fn lookup(containers: &[Container], reference: &Reference) -> Result<Container> {
+    let name = match reference {
+        Reference::Pid(pid) => return of_process(containers, *pid),
+        Reference::Name(name) => name,
+    };
+    match find(containers, name) {
+        Lookup::Found(container) => Ok(container.clone()),
+        Lookup::Missing => Err(Error::NoSuchContainer(name.clone())),
+        Lookup::Ambiguous(several) => Err(Error::AmbiguousContainer {
+            name: name.clone(),
+            candidates: several.iter().map(|c| format!("{} ({})", c.id, c.label())).collect(),
+        }),
+    }
+}
+
+/// [`lookup`] among the containers that run now.
+pub fn lookup_running(reference: &Reference) -> Result<Container> {
+    lookup(&runtime::scan(), reference)
+}
+
+/// `pid:N`: the known container whose init it is, else the process itself.
+fn of_process(containers: &[Container], pid: u32) -> Result<Container> {
+    let name = format!("pid:{pid}");
+    let process = Process::open(pid).ok_or_else(|| Error::NoSuchContainer(name.clone()))?;
+    if let Some(known) = containers.iter().find(|container| container.pid == pid) {
+        return Ok(known.clone());
+    }
+    if process.shares_host_mounts().map_err(Error::host(format!("look at the mount namespace of process {pid}")))? {
+        return Err(Error::Refused {
+            container: name,
+            reason: "it is in the host's mount namespace, so it is no container: name a process inside one".into(),
+        });
+    }
+    Ok(Container {
+        id: name,
+        name: None,
+        runtime: Runtime::Pid,
+        pid,
+        start_time: process.start_time,
+        cgroup: None,
+        annotations: Default::default(),
+    })
+}
+
+/// Checks that a container can be worked on, and finds its own cgroup.
+pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<(Holder, Cgroup)> {
+    let label = container.label().to_owned();
+    let refuse = |reason: String| Error::Refused { container: label.clone(), reason };
+    let process = Process::open_same(container.pid, container.start_time)
+        .ok_or_else(|| Error::ContainerExited(label.clone()))?;
+    let look = |what: &str| Error::host(format!("look at the {what} of process {}", container.pid));
+    if process.shares_host_mounts().map_err(look("mount namespace"))? {
+        return Err(refuse("its init is in the host's mount namespace, so it is no container or is still starting".into()));
+    }
+    if process.has_own_user_namespace().map_err(look("user namespace"))? {
+        return Err(refuse(
+            "it has a user namespace, where device nodes cannot be opened: start it without --userns and as root".into(),
+        ));
+    }
+    let (unified, v1_devices) =
+        process.cgroups().map_err(|_| Error::ContainerExited(label.clone()))?;
+    if let Some(path) = v1_devices.filter(|path| path != "/") {
+        return Err(refuse(format!(
+            "it is under the devices controller of cgroup v1 at {path}, which this device filter cannot lift: boot with systemd.unified_cgroup_hierarchy=1"
+        )));
+    }
+    // A runtime's state names the cgroup; where it names none, the container has none. `pid:N` has no state.
+    let own = match (container.runtime, &container.cgroup) {
+        (Runtime::Pid, _) => own_path(&unified, None),
+        (_, Some(state)) => own_path(&unified, Some(state)),
+        (_, None) => None,
+    };
+    let no_cgroup = || {
+        refuse(format!(
+            "it has no cgroup of its own (its init is in {unified}), so a right for it would be a right for others: start it without --cgroups=disabled"
+        ))
+    };
+    let path = own.ok_or_else(no_cgroup)?;
+    let cgroup = cgroups.open(&path).map_err(|_| Error::ContainerExited(label.clone()))?;
+    if is_shared_with_host(cgroups, &path) {
+        return Err(no_cgroup());
+    }
+    if cgroup.is_too_deep() {
+        return Err(refuse(format!("its cgroup {path} is too deep: the device filter reaches 31 levels")));
+    }
+    if process.has_exited() {
+        return Err(Error::ContainerExited(label));
+    }
+    Ok((Holder::new(container, &path, cgroup.id), cgroup))
+}
+
+/// Whether a process in the host's mount namespace is in this very cgroup: the cgroup is not the container's own then.
+/// `podman exec` and the runtimes enter the cgroup a moment before the mount namespace, so it is looked at twice.
+fn is_shared_with_host(cgroups: &CgroupRoot, path: &str) -> bool {
+    let shared = || {
+        let pids = cgroups.processes(path).unwrap_or_default();
+        pids.iter().filter_map(|pid| Process::open(*pid)).any(|process| process.shares_host_mounts().unwrap_or(false))
+    };
+    shared() && {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        shared()
+    }
+}

@@ -1,0 +1,224 @@
+//! Carries out changes: the steps of [`crate::core::plan`] on the kernel and on the ledger. What fails is taken back.
+
+pub mod live;
+pub mod request;
+pub mod store;
+
+use std::path::Path;
+
+use crate::core::device::{Access, Number};
+use crate::core::ledger::{Grant, Holder, Origin, Placement};
+use crate::core::plan::{Change, Step};
+use crate::error::{Error, Result};
+use crate::ops::store::Store;
+use crate::sys::cgroup::CgroupRoot;
+use crate::sys::device_filter::DeviceFilter;
+use crate::sys::host::{Host, require_fitness};
+use crate::sys::namespace::inside;
+use crate::sys::node::{self, Made, NodeError};
+use crate::sys::process::Process;
+
+/// Where the ledger, its lock and the agent's socket are.
+pub const RUN_DIRECTORY: &str = "/run/qm-hotplug";
+
+/// The one who changes things: there is one at a time on a host, the holder of the ledger's lock.
+pub struct Executor {
+    /// The cgroup2 root.
+    pub cgroups: CgroupRoot,
+    /// Facts about the host.
+    pub host: Host,
+    /// The ledger.
+    pub ledger: Store,
+    filter: Option<DeviceFilter>,
+}
+
+impl Executor {
+    /// Checks that this process is fit, waits for the lock and reads the ledger. The device filter is loaded when it is
+    /// first needed.
+    pub fn open() -> Result<Executor> {
+        require_fitness()?;
+        let cgroups = CgroupRoot::find()?;
+        let host = Host::observe()?;
+        let ledger = Store::open(Path::new(RUN_DIRECTORY))?;
+        Ok(Executor { cgroups, host, ledger, filter: None })
+    }
+
+    /// The device filter, loaded and attached if it is not yet.
+    pub fn filter(&mut self) -> Result<&DeviceFilter> {
+        if self.filter.is_none() {
+            self.filter = Some(DeviceFilter::open(&self.cgroups)?);
+        }
+        Ok(self.filter.as_ref().expect("it was just put there"))
+    }
+
+    /// Carries out a change whole or not at all. For a grant that was made, returns whose node it has.
+    ///
+    /// What cannot even be taken back stays in the ledger as left over, and the error says so.
+    pub fn carry_out(&mut self, change: &Change) -> Result<Placement> {
+        let mut undo: Vec<Step> = Vec::new();
+        let mut placement = Placement::Pending;
+        for step in change.steps(self.ledger.entries()) {
+            match self.execute(&step, change) {
+                Ok(Some(made)) => {
+                    if let Step::MakeNode(grant) = &step
+                        && let Placement::Ours(directories) = &made
+                    {
+                        undo.push(Step::RemoveNode { grant: grant.clone(), directories: directories.clone() });
+                    }
+                    placement = made;
+                }
+                Ok(None) => undo.push(step.inverse()),
+                Err(first) => return Err(self.take_back(undo, change, first)),
+            }
+        }
+        if let Change::Add(grant) = change
+            && let Err(first) = self.ledger.settle(grant, placement.clone())
+        {
+            return Err(self.take_back(undo, change, first));
+        }
+        Ok(placement)
+    }
+
+    /// Takes back what was done. A removal is not undone (its node may be gone for good): it stays recorded as left over.
+    fn take_back(&mut self, undo: Vec<Step>, change: &Change, first: Error) -> Error {
+        let grant = match change {
+            Change::Add(grant) => grant,
+            Change::Remove(entry) => {
+                self.ledger.mark_left_over(&entry.grant, &first.chain());
+                return first;
+            }
+        };
+        for step in undo.into_iter().rev() {
+            if let Err(error) = self.execute(&step, change) {
+                self.ledger.mark_left_over(grant, &error.chain());
+                return Error::Undo {
+                    first: Box::new(first),
+                    undo: Box::new(error),
+                    container: grant.holder.label().to_owned(),
+                    device: grant.device.number,
+                };
+            }
+        }
+        first
+    }
+
+    /// One step. `Some` where it settled whose node a grant has.
+    fn execute(&mut self, step: &Step, change: &Change) -> Result<Option<Placement>> {
+        tracing::trace!(?step, "step");
+        match step {
+            Step::Record(entry) => self.ledger.record(entry.clone())?,
+            Step::Forget(entry) => self.ledger.forget(&entry.grant)?,
+            Step::Mark(holder) => self.mark(holder)?,
+            Step::Unmark(holder) => self.unmark(holder)?,
+            Step::Allow { holder, number, after, .. } => self.allow(holder, *number, *after)?,
+            Step::MakeNode(grant) => return self.make_node(grant).map(Some),
+            Step::RemoveNode { grant, directories } => self.remove_node(grant, directories, matches!(change, Change::Add(_)))?,
+        }
+        Ok(None)
+    }
+
+    /// Puts the mark into first place on the holder's cgroup, also where a runtime's update has detached it.
+    ///
+    /// A filter that cannot be copied (it uses maps) keeps the mark out: then the grant holds for tasks in the cgroup
+    /// itself, not below, and that is logged.
+    pub fn mark(&mut self, holder: &Holder) -> Result<()> {
+        let cgroup = match self.cgroups.open(&holder.cgroup) {
+            Ok(cgroup) if cgroup.id == holder.cgroup_id => cgroup,
+            _ => return Err(Error::ContainerExited(holder.label().to_owned())),
+        };
+        if let Err(error) = self.filter()?.mark(&cgroup) {
+            tracing::warn!(
+                container = holder.label(),
+                "no mark on cgroup {}: {error}: the grant holds in that cgroup itself, not in those below",
+                holder.cgroup
+            );
+        }
+        Ok(())
+    }
+
+    fn unmark(&mut self, holder: &Holder) -> Result<()> {
+        match self.cgroups.open(&holder.cgroup) {
+            Ok(cgroup) if cgroup.id == holder.cgroup_id => self
+                .filter()?
+                .unmark(&cgroup)
+                .map_err(in_container(holder.label(), format!("remove the mark from cgroup {}", holder.cgroup))),
+            // The cgroup is gone and its programs with it.
+            _ => Ok(()),
+        }
+    }
+
+    fn allow(&mut self, holder: &Holder, number: Number, access: Access) -> Result<()> {
+        self.filter()?
+            .set(holder.cgroup_id, number, access)
+            .map_err(in_container(holder.label(), format!("change the rights on {number} in the device filter")))
+    }
+
+    fn make_node(&mut self, grant: &Grant) -> Result<Placement> {
+        let holder = &grant.holder;
+        let process = Process::open_same(holder.pid, holder.start_time)
+            .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+        // Only a rule may take the place of a node that an unplugged device left: what a person typed may be a slip.
+        let replace = grant.origin != Origin::Manual;
+        let (number, wanted) = (grant.device.number, &grant.node);
+        let made = inside(holder.label(), &process, self.host, |inside| node::make(inside, number, wanted, replace))?
+            .map_err(|error| node_error(holder, error))?;
+        Ok(match made {
+            Made::Ours { directories } => Placement::Ours(directories),
+            Made::Containers => Placement::Container,
+            Made::Hosts => Placement::Host,
+        })
+    }
+
+    fn remove_node(&mut self, grant: &Grant, directories: &[String], undoing: bool) -> Result<()> {
+        let holder = &grant.holder;
+        // A container that ended took its nodes along.
+        let Some(process) = Process::open_same(holder.pid, holder.start_time) else { return Ok(()) };
+        let (number, path) = (grant.device.number, &grant.node.path);
+        let removed = match inside(holder.label(), &process, self.host, |inside| node::remove(inside, number, path, directories)) {
+            Ok(removed) => removed,
+            Err(Error::ContainerExited(_)) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        match removed {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                if !undoing {
+                    tracing::debug!(container = holder.label(), "{path} was already gone or is another node now");
+                }
+                Ok(())
+            }
+            Err(error) => Err(node_error(holder, error)),
+        }
+    }
+
+    /// Takes every grant back. Goes on after failures and returns the first one.
+    pub fn revoke_all(&mut self) -> Result<()> {
+        let mut result = Ok(());
+        for entry in self.ledger.entries().to_vec() {
+            if let Err(error) = self.carry_out(&Change::Remove(entry)) {
+                tracing::error!("{}", error.chain());
+                result = result.and(Err(error));
+            }
+        }
+        result
+    }
+
+    /// Takes everything of ours out of the kernel when the ledger is empty.
+    pub fn release_filter(&mut self) -> Result<()> {
+        self.filter = None;
+        DeviceFilter::release(&self.cgroups)
+    }
+}
+
+/// For `map_err` on a call for a container.
+fn in_container(container: &str, what: String) -> impl FnOnce(std::io::Error) -> Error {
+    let container = container.to_owned();
+    move |source| Error::InContainer { container, what, source }
+}
+
+fn node_error(holder: &Holder, error: NodeError) -> Error {
+    match error {
+        NodeError::Refused(reason) => Error::Refused { container: holder.label().to_owned(), reason },
+        NodeError::Failed { what, source } => in_container(holder.label(), what)(source),
+    }
+}

@@ -1,0 +1,133 @@
+//! What people ask for, done on the ledger and the kernel: the same with and without an agent.
+
+use crate::core::container::{Container, Reference};
+use crate::core::destination;
+use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin, Placement};
+use crate::core::plan::Change;
+use crate::core::protocol::{Attach, Detach, GrantInfo, List};
+use crate::error::{Error, Result};
+use crate::ops::Executor;
+use crate::ops::live::{hold, lookup};
+use crate::sys::process::Process;
+use crate::sys::udev;
+
+/// Gives a container a device. Asking again for the same changes nothing.
+pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attach) -> Result<GrantInfo> {
+    let reference = Reference::parse(&request.container).map_err(Error::Usage)?;
+    let path = destination::check(&request.destination)
+        .map_err(|reason| Error::BadDestination { path: request.destination.clone(), reason })?;
+    let container = lookup(containers, &reference)?;
+    let device = udev::by_path(&request.device)?;
+    let (holder, _cgroup) = hold(&executor.cgroups, &container)?;
+    let node = Node {
+        path,
+        uid: request.uid.unwrap_or(device.uid),
+        gid: request.gid.unwrap_or(device.gid),
+        mode: request.mode.unwrap_or(device.mode),
+    };
+    let grant =
+        Grant { holder, device: Granted::from(&device), access: request.access, node, origin: Origin::Manual };
+    if let Some(entry) = at_path(executor.ledger.entries(), &grant.holder, &grant.node.path).cloned() {
+        let is_settled = entry.placement != Placement::Pending && entry.left_over.is_none();
+        if is_settled && entry.grant.is_same(&grant) && entry.grant.node == grant.node {
+            executor.mark(&grant.holder)?;
+            return Ok(GrantInfo::from(&entry));
+        }
+        if is_settled && udev::is_present(&entry.grant.device.identity) {
+            return Err(Error::Refused {
+                container: container.label().to_owned(),
+                reason: format!(
+                    "{} is already attached there as {} with access {}: detach it first",
+                    entry.grant.node.path, entry.grant.device.node, entry.grant.access
+                ),
+            });
+        }
+        executor.carry_out(&Change::Remove(entry))?;
+    }
+    let placement = executor.carry_out(&Change::Add(grant.clone()))?;
+    Ok(GrantInfo::from(&Entry { grant, placement, left_over: None }))
+}
+
+fn at_path<'a>(entries: &'a [Entry], holder: &Holder, path: &str) -> Option<&'a Entry> {
+    entries.iter().find(|entry| entry.grant.holder.is_same_run(holder) && entry.grant.node.path == path)
+}
+
+/// Takes devices back: the grant with that path inside, else every grant of that device.
+///
+/// With an agent, what a rule grants would come back at once, so that is refused.
+pub fn detach(executor: &mut Executor, containers: &[Container], request: &Detach, agent: bool) -> Result<Vec<GrantInfo>> {
+    let reference = Reference::parse(&request.container).map_err(Error::Usage)?;
+    let container = lookup(containers, &reference)?;
+    let of_container = |entry: &&Entry| {
+        entry.grant.holder.id == container.id
+            && (entry.grant.holder.pid, entry.grant.holder.start_time) == (container.pid, container.start_time)
+    };
+    let all: Vec<Entry> = executor.ledger.entries().iter().filter(of_container).cloned().collect();
+    let path = destination::check(&request.device).unwrap_or_else(|_| request.device.clone());
+    let mut matching: Vec<Entry> = all.iter().filter(|entry| entry.grant.node.path == path).cloned().collect();
+    if matching.is_empty() {
+        // The device may be named by any link to it, and may be unplugged already.
+        let identity = udev::by_path(&request.device).ok().map(|device| device.identity);
+        let names = |entry: &&Entry| {
+            entry.grant.device.node == request.device || Some(&entry.grant.device.identity) == identity.as_ref()
+        };
+        matching = all.iter().filter(names).cloned().collect();
+    }
+    if matching.is_empty() {
+        return Err(Error::NoSuchGrant { container: container.label().to_owned(), device: request.device.clone() });
+    }
+    if let Some((entry, category)) = matching.iter().find_map(|entry| match &entry.grant.origin {
+        Origin::Rule(category) if agent => Some((entry, category)),
+        _ => None,
+    }) {
+        return Err(Error::Refused {
+            container: container.label().to_owned(),
+            reason: format!(
+                "{} is granted by its annotation for {category} and would come back at once: start the container without the annotation",
+                entry.grant.node.path
+            ),
+        });
+    }
+    let mut gone = Vec::new();
+    for entry in matching {
+        let info = GrantInfo::from(&entry);
+        executor.carry_out(&Change::Remove(entry))?;
+        gone.push(info);
+    }
+    Ok(gone)
+}
+
+/// What is in force, sorted by container and path. Entries of containers that ended meanwhile are noted as such.
+pub fn list(entries: &[Entry], containers: &[Container], request: &List) -> Result<Vec<GrantInfo>> {
+    let only = match &request.container {
+        Some(name) => Some(lookup(containers, &Reference::parse(name).map_err(Error::Usage)?)?.id),
+        None => None,
+    };
+    let mut all: Vec<GrantInfo> = entries
+        .iter()
+        .filter(|entry| only.as_ref().is_none_or(|id| entry.grant.holder.id == *id))
+        .map(|entry| {
+            let mut info = GrantInfo::from(entry);
+            let holder = &entry.grant.holder;
+            if Process::open_same(holder.pid, holder.start_time).is_none() {
+                info.note = Some("the container exited".into());
+            } else if !udev::is_present(&entry.grant.device.identity) && info.note.is_none() {
+                info.note = Some("the device is unplugged".into());
+            }
+            info
+        })
+        .collect();
+    all.sort_by(|a, b| (&a.container, &a.path).cmp(&(&b.container, &b.path)));
+    Ok(all)
+}
+
+/// Takes back what belongs to containers that ended: their nodes are gone, their entries in the filter are not.
+pub fn prune(executor: &mut Executor) {
+    let ended = |entry: &&Entry| Process::open_same(entry.grant.holder.pid, entry.grant.holder.start_time).is_none();
+    let entries: Vec<Entry> = executor.ledger.entries().iter().filter(ended).cloned().collect();
+    for entry in entries {
+        if let Err(error) = executor.carry_out(&Change::Remove(entry)) {
+            tracing::warn!("{}", error.chain());
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! The ledger on disk: `ledger/ID.json`, one file a container, so that a change writes what it concerns and no more.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::core::ledger::{Entry, Grant, Page, Placement, VERSION};
+use crate::error::{Error, Result};
+
+/// The ledger, locked for this process.
+pub struct Store {
+    directory: PathBuf,
+    entries: Vec<Entry>,
+    _lock: File,
+}
+
+impl Store {
+    /// Makes the directory if need be, waits for the lock and reads all pages. A page that cannot be read is set aside
+    /// with a warning: its grants are unknown, and the agent's comparison with the filter's map will find their entries.
+    pub fn open(run: &Path) -> Result<Store> {
+        let directory = run.join("ledger");
+        let at = |what: &str, path: &Path| Error::host(format!("{what} {}", path.display()));
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(at("make", &directory))?;
+        let path = run.join("lock");
+        let lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(at("open", &path))?;
+        flock(&lock, FlockOperation::LockExclusive).map_err(Error::host(format!("lock {}", path.display())))?;
+        let entries = read_pages(&directory)?;
+        Ok(Store { directory, entries, _lock: lock })
+    }
+
+    /// Reads the ledger without the lock, for a look.
+    pub fn peek(run: &Path) -> Result<Vec<Entry>> {
+        let directory = run.join("ledger");
+        if directory.exists() { read_pages(&directory) } else { Ok(Vec::new()) }
+    }
+
+    /// All entries.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// Adds an entry.
+    pub fn record(&mut self, entry: Entry) -> Result<()> {
+        let id = entry.grant.holder.id.clone();
+        self.entries.push(entry);
+        self.write(&id).inspect_err(|_| drop(self.entries.pop()))
+    }
+
+    /// Says whose node a recorded grant has.
+    pub fn settle(&mut self, grant: &Grant, placement: Placement) -> Result<()> {
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.grant.is_same(grant)) {
+            entry.placement = placement;
+        }
+        self.write(&grant.holder.id)
+    }
+
+    /// Strikes an entry.
+    pub fn forget(&mut self, grant: &Grant) -> Result<()> {
+        self.entries.retain(|entry| !entry.grant.is_same(grant));
+        self.write(&grant.holder.id)
+    }
+
+    /// Notes that something of a grant could not be taken back.
+    pub fn mark_left_over(&mut self, grant: &Grant, reason: &str) {
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.grant.is_same(grant)) {
+            entry.left_over = Some(reason.to_owned());
+        }
+        if let Err(error) = self.write(&grant.holder.id) {
+            tracing::error!(container = grant.holder.label(), "{}", error.chain());
+        }
+    }
+
+    /// Writes a container's page under a temporary name and renames it; an empty page is removed.
+    fn write(&self, id: &str) -> Result<()> {
+        let path = self.directory.join(file_name(id));
+        let entries: Vec<Entry> = self.entries.iter().filter(|entry| entry.grant.holder.id == id).cloned().collect();
+        let result = if entries.is_empty() {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                result => result,
+            }
+        } else {
+            let temporary = path.with_extension("tmp");
+            let text = serde_json::to_vec(&Page { version: VERSION, entries }).expect("a page is valid JSON");
+            File::options()
+                .create(true)
+                .truncate(true)
+                .write(true)
+                .mode(0o600)
+                .open(&temporary)
+                .and_then(|mut file| file.write_all(&text))
+                .and_then(|()| fs::rename(&temporary, &path))
+        };
+        result.map_err(Error::host(format!("write the ledger {}", path.display())))
+    }
+}
+
+/// Ids are file names, but for `pid:N` and whatever a runtime may allow one day.
+fn file_name(id: &str) -> String {
+    let plain: String = id.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
+    format!("c-{plain}.json")
+}
+
+fn read_pages(directory: &Path) -> Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    for file in fs::read_dir(directory).map_err(Error::host(format!("read {}", directory.display())))?.flatten() {
+        let path = file.path();
+        if path.extension().is_none_or(|extension| extension != "json") {
+            continue;
+        }
+        let page = fs::read(&path).map_err(|error| error.to_string()).and_then(|text| parse(&text));
+        match page {
+            Ok(page) => entries.extend(page.entries),
+            Err(reason) => {
+                let aside = path.with_extension("bad");
+                tracing::warn!("the ledger {} is set aside as {}: {reason}", path.display(), aside.display());
+                let _ = fs::rename(&path, &aside);
+            }
+        }
+    }
+    Ok(entries)
+}
+
+fn parse(text: &[u8]) -> std::result::Result<Page, String> {
+    let page: Page = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    if page.version != VERSION {
+        return Err(format!("it has version {}, this program writes version {VERSION}", page.version));
+    }
+    Ok(page)
+}

@@ -1,0 +1,37 @@
+//! conmon, the parent of a podman container's init: its command line holds the container's name.
+
+use std::os::unix::ffi::OsStringExt;
+
+/// The name that podman gave the container `id`, if this process is its conmon.
+pub fn name_of(parent: u32, id: &str) -> Option<String> {
+    let command_line = std::fs::read(format!("/proc/{parent}/cmdline")).ok()?;
+    parse(&command_line, id)
+}
+
+/// Reads `-n NAME` from a command line (NUL after each argument) that also has `-c ID`.
+pub fn parse(command_line: &[u8], id: &str) -> Option<String> {
+    let arguments: Vec<String> = command_line
+        .split(|byte| *byte == 0)
+        .map(|argument| std::ffi::OsString::from_vec(argument.to_vec()).to_string_lossy().into_owned())
+        .collect();
+    let after = |option: &str| {
+        let at = arguments.iter().position(|argument| argument == option)?;
+        arguments.get(at + 1)
+    };
+    let is_conmon = arguments.first()?.rsplit('/').next()?.starts_with("conmon");
+    (is_conmon && after("-c")? == id).then(|| after("-n").cloned()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse;
+
+    #[test]
+    fn the_name_of_the_right_container_only() {
+        let line = b"/usr/bin/conmon\0--api-version\x001\0-c\0abc\0-u\0abc\0-r\0/usr/bin/crun\0-n\0web\0--exit-dir\0/x\0";
+        assert_eq!(parse(line, "abc").as_deref(), Some("web"));
+        assert_eq!(parse(line, "abd"), None);
+        assert_eq!(parse(b"/sbin/init\0-c\0abc\0-n\0web\0", "abc"), None);
+        assert_eq!(parse(b"", "abc"), None);
+    }
+}

@@ -1,0 +1,36 @@
+//! crun: `STATE/ID/status` (libcrun/status.c), and the OCI specification in `STATE/ID/config.json`.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::core::container::{Container, Runtime};
+use crate::runtime::{annotations, parse_json, read};
+
+/// The fields of `status` that we use.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Status {
+    pid: u32,
+    process_start_time: u64,
+    cgroup_path: Option<String>,
+}
+
+/// Reads `status` and `config.json` of the container with that id. Errors are in words.
+pub fn parse(id: &str, status: &str, spec: &str) -> Result<Container, String> {
+    let status: Status = parse_json(status)?;
+    Ok(Container {
+        id: id.to_owned(),
+        name: None,
+        runtime: Runtime::Crun,
+        pid: status.pid,
+        start_time: status.process_start_time,
+        cgroup: status.cgroup_path.filter(|path| !path.is_empty()),
+        annotations: annotations(&parse_json(spec)?),
+    })
+}
+
+/// Reads a container's directory in crun's state directory.
+pub fn load(directory: &Path, id: &str) -> Result<Container, String> {
+    parse(id, &read(&directory.join("status"))?, &read(&directory.join("config.json"))?)
+}

@@ -1,0 +1,48 @@
+//! runc: `STATE/ID/state.json` (libcontainer/container_linux.go, `State`).
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::core::container::{Container, Runtime};
+use crate::runtime::{parse_json, read};
+
+/// The fields of `state.json` that we use.
+#[derive(Deserialize)]
+struct StateFile {
+    id: String,
+    init_process_pid: u32,
+    init_process_start: u64,
+    #[serde(default)]
+    cgroup_paths: BTreeMap<String, String>,
+    config: Config,
+}
+
+#[derive(Deserialize)]
+struct Config {
+    /// Annotations as `key=value`, and `bundle=PATH`.
+    #[serde(default)]
+    labels: Option<Vec<String>>,
+}
+
+/// Reads `state.json`. Errors are in words.
+pub fn parse(state: &str) -> Result<Container, String> {
+    let mut state: StateFile = parse_json(state)?;
+    let labels = state.config.labels.unwrap_or_default();
+    Ok(Container {
+        id: state.id,
+        name: None,
+        runtime: Runtime::Runc,
+        pid: state.init_process_pid,
+        start_time: state.init_process_start,
+        // The empty name is the unified hierarchy; others are those of cgroup v1.
+        cgroup: state.cgroup_paths.remove("").filter(|path| !path.is_empty()),
+        annotations: labels.iter().filter_map(|label| label.split_once('=')).map(|(key, value)| (key.into(), value.into())).collect(),
+    })
+}
+
+/// Reads a container's directory in runc's state directory.
+pub fn load(directory: &Path) -> Result<Container, String> {
+    parse(&read(&directory.join("state.json"))?)
+}

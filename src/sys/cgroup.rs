@@ -1,0 +1,147 @@
+//! cgroup v2: where its root is mounted, and which cgroup is a container's own.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags, fstat, open};
+
+use crate::core::filter_program::MAX_LEVELS;
+use crate::error::{Error, Result};
+
+/// The root of the cgroup2 hierarchy.
+#[derive(Debug)]
+pub struct CgroupRoot {
+    /// Where it is mounted, `/sys/fs/cgroup` or `/sys/fs/cgroup/unified`.
+    pub path: PathBuf,
+    fd: OwnedFd,
+}
+
+/// One cgroup.
+#[derive(Debug)]
+pub struct Cgroup {
+    /// Below the root, with a leading slash.
+    pub path: String,
+    /// The 64-bit id that `bpf_get_current_cgroup_id` returns: the inode of its directory (kernfs, 64-bit kernels).
+    pub id: u64,
+    /// Distance from the root: `/a` has level 1.
+    pub level: u32,
+    fd: OwnedFd,
+}
+
+impl CgroupRoot {
+    /// Finds the mount of the real root in `/proc/self/mountinfo`. In a container or a cgroup namespace there is none,
+    /// and a program attached to what looks like the root would run before the runtimes' programs, not after them.
+    pub fn find() -> Result<CgroupRoot> {
+        let mounts = procfs::process::Process::myself()
+            .and_then(|me| me.mountinfo())
+            .map_err(|error| Error::Unfit(format!("cannot read /proc/self/mountinfo: {error}")))?;
+        let mut seen = None;
+        // The last mount on a path is the visible one.
+        for mount in mounts.0.iter().rev().filter(|mount| mount.fs_type == "cgroup2") {
+            let path = mount.mount_point.clone();
+            let Ok(fd) = open_directory(&path) else { continue };
+            let id = fstat(&fd).map_err(Error::host(format!("stat {}", path.display())))?.st_ino;
+            if id == 1 && !path.join("cgroup.type").exists() {
+                return Ok(CgroupRoot { path, fd });
+            }
+            seen = Some(path);
+        }
+        Err(Error::Unfit(match seen {
+            Some(path) => format!(
+                "{} is not the root of the cgroup2 hierarchy but a part of it: run on the host, outside of containers and cgroup namespaces",
+                path.display()
+            ),
+            None => "no cgroup2 hierarchy is mounted: mount one with `mount -t cgroup2 none /sys/fs/cgroup/unified`".into(),
+        }))
+    }
+
+    /// Opens a cgroup by its path below the root.
+    pub fn open(&self, path: &str) -> io::Result<Cgroup> {
+        let fd = open_directory(&self.path.join(path.trim_start_matches('/')))?;
+        let id = fstat(&fd)?.st_ino;
+        let level = path.split('/').filter(|part| !part.is_empty()).count() as u32;
+        Ok(Cgroup { path: path.to_owned(), id, level, fd })
+    }
+
+    /// Process ids in this very cgroup.
+    pub fn processes(&self, path: &str) -> io::Result<Vec<u32>> {
+        let list = fs::read_to_string(self.path.join(path.trim_start_matches('/')).join("cgroup.procs"))?;
+        Ok(list.lines().filter_map(|line| line.parse().ok()).collect())
+    }
+
+    /// All cgroups below the root, with their paths; those that vanish meanwhile are left out.
+    pub fn walk(&self) -> Vec<String> {
+        let mut paths = vec![String::new()];
+        let mut at = 0;
+        while at < paths.len() {
+            let directory = self.path.join(paths[at].trim_start_matches('/'));
+            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir())
+                    && let Ok(name) = entry.file_name().into_string()
+                {
+                    paths.push(format!("{}/{name}", paths[at]));
+                }
+            }
+            at += 1;
+        }
+        paths.split_off(1)
+    }
+}
+
+impl AsFd for CgroupRoot {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsFd for Cgroup {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Cgroup {
+    /// Whether the device filter can reach it.
+    pub fn is_too_deep(&self) -> bool {
+        self.level >= MAX_LEVELS
+    }
+}
+
+fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    Ok(open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// The container's own cgroup: of the cgroups that its init is in, the deepest that the runtime's state names. Init
+/// itself may sit deeper (systemd inside moves to `init.scope`), and the state's path may have a mount point before it.
+/// Without a state the process's own cgroup is taken. `None` where only the root is left.
+pub fn own_path(init: &str, state: Option<&str>) -> Option<String> {
+    let is_named = |path: &str| state.is_none_or(|state| state.trim_end_matches('/').ends_with(path));
+    let mut path = init.trim_end_matches('/');
+    while !path.is_empty() {
+        if is_named(path) {
+            return Some(path.to_owned());
+        }
+        path = &path[..path.rfind('/')?];
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::own_path;
+
+    #[test]
+    fn the_deepest_cgroup_that_the_state_names() {
+        let own = |init: &str, state: &str| own_path(init, Some(state));
+        assert_eq!(own("/m.slice/a.scope", "/sys/fs/cgroup/m.slice/a.scope").as_deref(), Some("/m.slice/a.scope"));
+        assert_eq!(own("/m.slice/a.scope/container", "/m.slice/a.scope/container").as_deref(), Some("/m.slice/a.scope/container"));
+        assert_eq!(own("/m.slice/a.scope/init.scope", "/m.slice/a.scope").as_deref(), Some("/m.slice/a.scope"));
+        assert_eq!(own("/", "/m.slice/a.scope"), None);
+        assert_eq!(own("/user.slice/x", "/m.slice/a.scope"), None);
+        assert_eq!(own("/a/b", ""), None);
+        assert_eq!(own_path("/a/b/", None).as_deref(), Some("/a/b"));
+        assert_eq!(own_path("/", None), None);
+    }
+}

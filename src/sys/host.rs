@@ -1,0 +1,58 @@
+//! What this process and this host must be like for the work to be possible.
+
+use caps::{CapSet, Capability};
+
+use crate::error::{Error, Result};
+
+/// What each capability is for; without one of these nothing works.
+pub const NEEDED: [(Capability, &str); 8] = [
+    (Capability::CAP_SYS_ADMIN, "to load device programs and to join mount namespaces"),
+    (Capability::CAP_SYS_CHROOT, "to join mount namespaces"),
+    (Capability::CAP_MKNOD, "to make device nodes"),
+    (Capability::CAP_CHOWN, "to give a node its owner"),
+    (Capability::CAP_FOWNER, "to replace nodes that belong to others"),
+    (Capability::CAP_DAC_OVERRIDE, "to write into a container's /dev"),
+    (Capability::CAP_DAC_READ_SEARCH, "to read the runtimes' state"),
+    (Capability::CAP_SYS_PTRACE, "to look at a container's root through /proc"),
+];
+
+/// Inodes of the initial namespaces (include/linux/proc_ns.h).
+const INITIAL: [(&str, u64, &str); 3] =
+    [("user", 0xEFFF_FFFD, "user namespace"), ("pid", 0xEFFF_FFFC, "process namespace"), ("cgroup", 0xEFFF_FFFB, "cgroup namespace")];
+
+/// Facts about the host that decide where nodes may be made.
+#[derive(Debug, Clone, Copy)]
+pub struct Host {
+    /// Device number of the file system that is the host's `/dev`.
+    pub dev_fs: u64,
+    /// Device number and inode of the host's root directory.
+    pub root: (u64, u64),
+}
+
+impl Host {
+    /// Reads them.
+    pub fn observe() -> Result<Host> {
+        let stat = |path: &str| rustix::fs::stat(path).map_err(Error::host(format!("stat {path}")));
+        let root = stat("/")?;
+        Ok(Host { dev_fs: stat("/dev")?.st_dev, root: (root.st_dev, root.st_ino) })
+    }
+}
+
+/// Checks that this process may do the work at all: root's capabilities, and outside of any container.
+pub fn require_fitness() -> Result<()> {
+    for (capability, purpose) in NEEDED {
+        if !caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false) {
+            return Err(Error::Unfit(format!("{capability} is missing, which is needed {purpose}: run as root, with sudo")));
+        }
+    }
+    for (name, initial, what) in INITIAL {
+        let path = format!("/proc/self/ns/{name}");
+        // A kernel without that kind of namespace has only the initial one.
+        if rustix::fs::stat(&path).is_ok_and(|stat| stat.st_ino != initial) {
+            return Err(Error::Unfit(format!(
+                "this process is in a {what} of its own, as in a container: run on the host itself, outside of containers"
+            )));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! A process that stays the same one: pid, start time and pidfd.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+/// A process, held by a pidfd, so that its number cannot come to mean another one unnoticed.
+#[derive(Debug)]
+pub struct Process {
+    /// In the host's process namespace.
+    pub pid: u32,
+    /// Clock ticks after boot, field 22 of proc_pid_stat(5).
+    pub start_time: u64,
+    /// The parent's pid when this was opened.
+    pub parent: u32,
+    fd: OwnedFd,
+}
+
+impl Process {
+    /// Opens the process with this number. `None` if there is none, or if it has ended and was not reaped yet.
+    pub fn open(pid: u32) -> Option<Process> {
+        let fd = pidfd_open(Pid::from_raw(pid as i32)?, PidfdFlags::empty()).ok()?;
+        let stat = procfs::process::Process::new(pid as i32).and_then(|process| process.stat()).ok()?;
+        let process = Process { pid, start_time: stat.starttime, parent: stat.ppid as u32, fd };
+        (!process.has_exited() && !matches!(stat.state, 'Z' | 'X')).then_some(process)
+    }
+
+    /// Opens it if it is still the one that started at `start_time`.
+    pub fn open_same(pid: u32, start_time: u64) -> Option<Process> {
+        Process::open(pid).filter(|process| process.start_time == start_time)
+    }
+
+    /// Whether it has ended.
+    pub fn has_exited(&self) -> bool {
+        let mut polled = [PollFd::new(&self.fd, PollFlags::IN)];
+        poll(&mut polled, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
+    }
+
+    /// Path below the cgroup2 root, and below the root of the cgroup v1 `devices` hierarchy where there is one.
+    pub fn cgroups(&self) -> procfs::ProcResult<(String, Option<String>)> {
+        let all = procfs::process::Process::new(self.pid as i32)?.cgroups()?;
+        let of = |test: &dyn Fn(&procfs::ProcessCGroup) -> bool| all.0.iter().find(|c| test(c)).map(|c| c.pathname.clone());
+        let unified = of(&|c| c.hierarchy == 0).unwrap_or_else(|| "/".into());
+        Ok((unified, of(&|c| c.controllers.iter().any(|name| name == "devices"))))
+    }
+
+    /// Whether it runs in the mount namespace of this process or of process 1, that is: not in a container.
+    pub fn shares_host_mounts(&self) -> std::io::Result<bool> {
+        let of = |pid: &str| rustix::fs::stat(format!("/proc/{pid}/ns/mnt")).map(|s| (s.st_dev, s.st_ino));
+        let its = of(&self.pid.to_string())?;
+        Ok([of("self"), of("1")].into_iter().flatten().any(|ours| ours == its))
+    }
+
+    /// Whether it has a user namespace other than ours.
+    pub fn has_own_user_namespace(&self) -> std::io::Result<bool> {
+        let of = |pid: &str| rustix::fs::stat(format!("/proc/{pid}/ns/user")).map(|s| s.st_ino);
+        Ok(of(&self.pid.to_string())? != of("self")?)
+    }
+}
+
+impl AsFd for Process {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

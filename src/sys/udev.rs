@@ -1,0 +1,116 @@
+//! Devices as udev and sysfs know them, turned into owned values at once.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{lstat, stat};
+use udev::{Enumerator, EventType, MonitorBuilder, MonitorSocket};
+
+use crate::core::device::{Device, Identity, Kind, Number};
+use crate::core::uevent::{Action, Uevent};
+use crate::error::{Error, Result};
+use crate::sys::node::{number_of, what_is};
+use crate::sys::uevent::enlarge_buffer;
+
+/// udevd makes this socket; where it is missing nobody applies rules and nobody sends udev's events.
+const UDEVD_CONTROL: &str = "/run/udev/control";
+
+/// Whether udevd runs.
+pub fn is_running() -> bool {
+    Path::new(UDEVD_CONTROL).exists()
+}
+
+/// Every device of this host that has a node.
+pub fn scan() -> io::Result<Vec<Device>> {
+    Ok(Enumerator::new()?.scan_devices()?.filter_map(|device| owned(&device)).collect())
+}
+
+/// The device behind a path, links followed.
+pub fn by_path(path: &str) -> Result<Device> {
+    let stat = match stat(path) {
+        Ok(stat) => stat,
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Err(Error::NoSuchDevice(path.into())),
+        Err(errno) => return Err(Error::host(format!("look at {path}"))(errno)),
+    };
+    let number = number_of(&stat).ok_or_else(|| Error::NotADevice { path: path.into(), what: what_is(&stat) })?;
+    let kind = match number.kind {
+        Kind::Char => udev::DeviceType::Character,
+        Kind::Block => udev::DeviceType::Block,
+    };
+    let gone = |_| Error::NoSuchDevice(path.into());
+    let known = udev::Device::from_devnum(kind, rustix::fs::makedev(number.major, number.minor)).map_err(gone)?;
+    // The node that was named has the owner and mode that count, even if it is a second one for the same device.
+    let mut device = owned(&known).ok_or_else(|| Error::NoSuchDevice(path.into()))?;
+    (device.uid, device.gid, device.mode) = (stat.st_uid, stat.st_gid, stat.st_mode & 0o777);
+    Ok(device)
+}
+
+/// The device that a kernel event told of, if it is still there.
+pub fn by_event(event: &Uevent) -> Option<Device> {
+    let known = udev::Device::from_syspath(&PathBuf::from(format!("/sys{}", event.devpath))).ok()?;
+    owned(&known).filter(|device| device.number == event.number)
+}
+
+/// Whether this very device is still plugged in.
+pub fn is_present(device: &Identity) -> bool {
+    identity(&device.devpath).is_some_and(|now| now == *device)
+}
+
+fn identity(devpath: &str) -> Option<Identity> {
+    let directory = format!("/sys{devpath}");
+    let inode = stat(&directory).ok()?.st_ino;
+    let diskseq = std::fs::read_to_string(format!("{directory}/diskseq")).ok().and_then(|text| text.trim().parse().ok());
+    Some(Identity { devpath: devpath.to_owned(), inode, diskseq })
+}
+
+/// `None` for devices without a node, and for those that vanish while we look.
+fn owned(device: &udev::Device) -> Option<Device> {
+    let devnum = device.devnum().filter(|devnum| *devnum != 0)?;
+    let node = device.devnode()?.to_str()?.to_owned();
+    let subsystem = device.subsystem().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+    let kind = if subsystem == "block" { Kind::Block } else { Kind::Char };
+    let number = Number { kind, major: rustix::fs::major(devnum), minor: rustix::fs::minor(devnum) };
+    let stat = lstat(&node).ok().filter(|stat| number_of(stat) == Some(number))?;
+    let text = |value: &std::ffi::OsStr| value.to_string_lossy().into_owned();
+    Some(Device {
+        number,
+        identity: identity(device.devpath().to_str()?)?,
+        node,
+        subsystem,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mode: stat.st_mode & 0o777,
+        properties: device.properties().map(|entry| (text(entry.name()), text(entry.value()))).collect(),
+    })
+}
+
+/// udev's events: sent after the rules ran, so permissions, links and properties are final.
+pub struct UdevEvents(MonitorSocket);
+
+impl UdevEvents {
+    /// Subscribes. libudev drops messages that do not come from root.
+    pub fn listen() -> io::Result<UdevEvents> {
+        let socket = MonitorBuilder::new()?.listen()?;
+        enlarge_buffer(socket.as_fd());
+        Ok(UdevEvents(socket))
+    }
+
+    /// Takes what is there: actions, with the devices that are still plugged in. Says whether events were lost.
+    pub fn receive(&self) -> (Vec<(Action, Option<Device>)>, bool) {
+        let events = self.0.iter().map(|event| match event.event_type() {
+            EventType::Add => (Action::Add, owned(&event.device())),
+            EventType::Remove => (Action::Remove, None),
+            _ => (Action::Other, owned(&event.device())),
+        });
+        let events = events.collect();
+        // libudev returns null for "no more" and for a failed recvmsg(2) alike; errno tells which it was.
+        (events, io::Error::last_os_error().raw_os_error() == Some(libc::ENOBUFS))
+    }
+}
+
+impl AsFd for UdevEvents {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
