@@ -1,1 +1,36 @@
-fn main(){}
+//! Parses the command line, sets up logging, and turns an error into a message and an exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use qm_hotplug::cli::{Cli, Command, run};
+use qm_hotplug::core::text::printable;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_logging(matches!(cli.command, Command::Agent(_)));
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("qm-hotplug: {}", printable(&error.chain()));
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// To the journal where systemd connected stderr to it, to stderr elsewhere. `QM_HOTPLUG_LOG` sets the level.
+fn start_logging(is_agent: bool) {
+    let level = if is_agent { "info" } else { "warn" };
+    let filter = EnvFilter::try_from_env("QM_HOTPLUG_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let registry = tracing_subscriber::registry().with(filter);
+    if is_agent && std::env::var_os("JOURNAL_STREAM").is_some()
+        && let Ok(journal) = tracing_journald::layer()
+    {
+        registry.with(journal.with_syslog_identifier("qm-hotplug".into())).init();
+        return;
+    }
+    registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false)).init();
+}

@@ -116,23 +116,21 @@ customize() {
 		repo /mnt/repo 9p trans=virtio,version=9p2000.L,msize=262144,cache=none,ro 0 0
 		bin /mnt/bin 9p trans=virtio,version=9p2000.L,msize=262144,cache=none,ro 0 0
 	FSTAB
-    systemd-firstboot --root="$root" --force --locale=C.UTF-8 --timezone=UTC >/dev/null 2>&1 ||
-        ln -sf /usr/share/zoneinfo/UTC "$root/etc/localtime"
+    ln -sf /usr/share/zoneinfo/UTC "$root/etc/localtime"
     chroot "$root" passwd -q -d root
     # Always the same id: first-boot logic (presets, hardware database) stays out of every boot.
     echo 6c61626c61626c61626c61626c61620a >"$root/etc/machine-id"
+    # The image is newer than its /usr: no "first boot after an update" work (hardware database, ldconfig) at boot.
+    chroot "$root" systemd-hwdb update
+    touch "$root/etc/.updated" "$root/var/.updated"
     local unit
-    for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \
-        fstrim.timer man-db.timer systemd-timesyncd.service systemd-networkd.service systemd-resolved.service \
-        systemd-pstore.service getty@tty1.service podman-auto-update.timer podman-auto-update.service \
-        podman-restart.service podman.service podman.socket netavark-dhcp-proxy.socket systemd-hwdb-update.service \
-        systemd-journal-catalog-update.service systemd-update-utmp.service; do
+    for unit in dpkg-db-backup.timer fstrim.timer systemd-pstore.service systemd-update-utmp.service \
+        getty@tty1.service podman-auto-update.timer podman-auto-update.service podman-restart.service podman.socket; do
         ln -sf /dev/null "$root/etc/systemd/system/$unit"
     done
     local wants=$root/etc/systemd/system/multi-user.target.wants
     mkdir -p "$wants"
     ln -s ../qmh-lab-agent.service ../qmh-lab-binary.service "$wants/"
-    chroot "$root" systemd-hwdb update
 }
 
 # make_initrd ROOT TREE OUTPUT: busybox, the modules that reach the disk, and `initrd-init`.

@@ -1,1 +1,114 @@
-//! x
+//! The command line: one file a command.
+
+mod attach;
+mod detach;
+mod list;
+mod output;
+mod ps;
+mod status;
+
+use std::time::{Duration, Instant};
+
+use clap::{Parser, Subcommand};
+
+use crate::agent::client;
+use crate::core::protocol::Request;
+use crate::error::{Error, Result};
+use crate::ops::Executor;
+
+/// Hot-plugged devices in running containers.
+#[derive(Debug, Parser)]
+#[command(name = "qm-hotplug", version, propagate_version = true, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 no such container, 4 no such device, 5 refused, 6 timed out.\n\
+                          CTR is a container's name, id, beginning of an id, podman:NAME or pid:N.";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Give a running container a device
+    Attach(attach::Args),
+    /// Take a device back from a container
+    Detach(detach::Args),
+    /// Show the grants in force
+    #[command(alias = "ls")]
+    List(list::Args),
+    /// Show the running containers that are found, with what they ask for
+    Ps(ps::Args),
+    /// Show how the agent and the device filter are
+    Status(status::Args),
+    /// Run the agent (a systemd service starts this)
+    Agent(AgentArgs),
+    /// Act as an OCI precreate hook: config.json on stdin, edited, on stdout
+    Precreate,
+}
+
+/// Arguments of `agent`.
+#[derive(Debug, clap::Args)]
+pub struct AgentArgs {
+    /// Take out every node, right and program of ours, and end
+    #[arg(long)]
+    pub release: bool,
+}
+
+/// Runs a command to its end.
+pub fn run(cli: Cli) -> Result<()> {
+    match cli.command {
+        Command::Attach(args) => attach::run(args),
+        Command::Detach(args) => detach::run(args),
+        Command::List(args) => list::run(args),
+        Command::Ps(args) => ps::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Agent(args) if args.release => release(),
+        Command::Agent(_) => crate::agent::run(),
+        Command::Precreate => crate::precreate::run(&mut std::io::stdin().lock(), &mut std::io::stdout().lock()),
+    }
+}
+
+/// How long a command waits for another one, or for an agent that is just starting.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What came of asking for something to be done.
+enum Done<T> {
+    /// By the agent.
+    ByAgent(T),
+    /// By this process, since no agent runs.
+    Here(T),
+}
+
+/// Has the agent do it, or does it here as root where none runs.
+fn change<T: serde::de::DeserializeOwned>(request: &Request, here: impl FnOnce(&mut Executor) -> Result<T>) -> Result<Done<T>> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = client::call(request)? {
+            return Ok(Done::ByAgent(answer));
+        }
+        if let Some(mut executor) = Executor::open()? {
+            crate::ops::request::prune(&mut executor);
+            let result = here(&mut executor);
+            let released = executor.release_if_unused();
+            return result.and_then(|value| released.map(|()| Done::Here(value)));
+        }
+        if Instant::now() > until {
+            return Err(Error::Unfit(format!(
+                "another qm-hotplug has held the ledger for {} seconds and answers nothing: see `systemctl status qm-hotplug`",
+                PATIENCE.as_secs()
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// `agent --release`.
+fn release() -> Result<()> {
+    let mut executor = Executor::open()?.ok_or_else(|| {
+        Error::Unfit("an agent is running and would grant everything again: stop it first with `systemctl stop qm-hotplug`".into())
+    })?;
+    let revoked = executor.revoke_all();
+    executor.release_filter().and(revoked)
+}

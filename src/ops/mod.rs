@@ -4,6 +4,7 @@ pub mod live;
 pub mod request;
 pub mod store;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::core::device::{Access, Number};
@@ -33,14 +34,14 @@ pub struct Executor {
 }
 
 impl Executor {
-    /// Checks that this process is fit, waits for the lock and reads the ledger. The device filter is loaded when it is
-    /// first needed.
-    pub fn open() -> Result<Executor> {
+    /// Checks that this process is fit, takes the lock and reads the ledger; `None` while another process has the lock.
+    /// The device filter is loaded when it is first needed.
+    pub fn open() -> Result<Option<Executor>> {
         require_fitness()?;
         let cgroups = CgroupRoot::find()?;
         let host = Host::observe()?;
         let ledger = Store::open(Path::new(RUN_DIRECTORY))?;
-        Ok(Executor { cgroups, host, ledger, filter: None })
+        Ok(ledger.map(|ledger| Executor { cgroups, host, ledger, filter: None }))
     }
 
     /// The device filter, loaded and attached if it is not yet.
@@ -191,6 +192,44 @@ impl Executor {
         }
     }
 
+    /// Makes the filter's map and the marks agree with the ledger. Entries that the ledger does not know were left by a
+    /// process that was killed, or written by one that holds CAP_BPF: they are removed and reported.
+    pub fn agree_with_ledger(&mut self) {
+        let mut expected: BTreeMap<(u64, Number), Access> = BTreeMap::new();
+        let mut holders: BTreeMap<u64, Holder> = BTreeMap::new();
+        for entry in self.ledger.entries() {
+            let grant = &entry.grant;
+            let rights = expected.entry((grant.holder.cgroup_id, grant.device.number)).or_insert(Access::NONE);
+            *rights = rights.union(grant.access);
+            holders.insert(grant.holder.cgroup_id, grant.holder.clone());
+        }
+        for holder in holders.values() {
+            if let Err(error) = self.mark(holder) {
+                tracing::warn!("{}", error.chain());
+            }
+        }
+        let result = self.filter().and_then(|filter| {
+            let failed = |error| Error::host::<std::io::Error>("read or change the device filter's map")(error);
+            for entry in filter.entries().map_err(failed)? {
+                match expected.remove(&(entry.cgroup, entry.number)) {
+                    Some(access) if access == entry.access => {}
+                    known => {
+                        tracing::warn!("cgroup {} had access {} to {} that nobody granted", entry.cgroup, entry.access, entry.number);
+                        filter.set(entry.cgroup, entry.number, known.unwrap_or(Access::NONE)).map_err(failed)?;
+                    }
+                }
+            }
+            for ((cgroup, number), access) in expected {
+                tracing::warn!("cgroup {cgroup} had lost its access {access} to {number}, which is put back");
+                filter.set(cgroup, number, access).map_err(failed)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = result {
+            tracing::error!("{}", error.chain());
+        }
+    }
+
     /// Takes every grant back. Goes on after failures and returns the first one.
     pub fn revoke_all(&mut self) -> Result<()> {
         let mut result = Ok(());
@@ -203,10 +242,15 @@ impl Executor {
         result
     }
 
-    /// Takes everything of ours out of the kernel when the ledger is empty.
+    /// Takes everything of ours out of the kernel.
     pub fn release_filter(&mut self) -> Result<()> {
         self.filter = None;
         DeviceFilter::release(&self.cgroups)
+    }
+
+    /// Leaves nothing in the kernel once the last grant is gone and no agent needs it.
+    pub fn release_if_unused(&mut self) -> Result<()> {
+        if self.filter.is_some() && self.ledger.entries().is_empty() { self.release_filter() } else { Ok(()) }
     }
 }
 

@@ -4,10 +4,12 @@ use crate::core::container::{Container, Reference};
 use crate::core::destination;
 use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin, Placement};
 use crate::core::plan::Change;
-use crate::core::protocol::{Attach, Detach, GrantInfo, List};
+use crate::core::protocol::{Attach, Detach, GrantInfo, List, StatusInfo};
 use crate::error::{Error, Result};
 use crate::ops::Executor;
 use crate::ops::live::{hold, lookup};
+use crate::sys::cgroup::CgroupRoot;
+use crate::sys::device_filter::DeviceFilter;
 use crate::sys::process::Process;
 use crate::sys::udev;
 
@@ -130,4 +132,24 @@ pub fn prune(executor: &mut Executor) {
             tracing::warn!("{}", error.chain());
         }
     }
+}
+
+/// How the filter is, and the agent if this is one; `events` says where it hears of devices.
+pub fn status(cgroups: &CgroupRoot, containers: usize, grants: usize, events: Option<&str>) -> Result<StatusInfo> {
+    let standing = DeviceFilter::standing(cgroups)?;
+    Ok(StatusInfo {
+        agent: events.is_some(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        filter: match (standing.attached, standing.after.is_empty()) {
+            (false, _) => "none",
+            (true, true) => "override",
+            (true, false) => "degraded",
+        }
+        .to_owned(),
+        after: standing.after,
+        entries: standing.entries,
+        containers,
+        grants,
+        events: events.unwrap_or("none").to_owned(),
+    })
 }

@@ -18,17 +18,21 @@ pub struct Store {
 }
 
 impl Store {
-    /// Makes the directory if need be, waits for the lock and reads all pages. A page that cannot be read is set aside
-    /// with a warning: its grants are unknown, and the agent's comparison with the filter's map will find their entries.
-    pub fn open(run: &Path) -> Result<Store> {
+    /// Makes the directory if need be, takes the lock and reads all pages; `None` while another process has the lock. A
+    /// page that cannot be read is set aside with a warning.
+    pub fn open(run: &Path) -> Result<Option<Store>> {
         let directory = run.join("ledger");
         let at = |what: &str, path: &Path| Error::host(format!("{what} {}", path.display()));
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(at("make", &directory))?;
         let path = run.join("lock");
         let lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(at("open", &path))?;
-        flock(&lock, FlockOperation::LockExclusive).map_err(Error::host(format!("lock {}", path.display())))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(errno) => return Err(Error::host(format!("lock {}", path.display()))(errno)),
+        }
         let entries = read_pages(&directory)?;
-        Ok(Store { directory, entries, _lock: lock })
+        Ok(Some(Store { directory, entries, _lock: lock }))
     }
 
     /// Reads the ledger without the lock, for a look.

@@ -2,10 +2,18 @@
 
 use std::os::unix::ffi::OsStringExt;
 
-/// The name that podman gave the container `id`, if this process is its conmon.
+/// The name that podman gave the container `id`. Its conmon is the parent of init; while the container is being
+/// created the runtime's own processes are still between them.
 pub fn name_of(parent: u32, id: &str) -> Option<String> {
-    let command_line = std::fs::read(format!("/proc/{parent}/cmdline")).ok()?;
-    parse(&command_line, id)
+    let mut ancestor = parent;
+    for _ in 0..4 {
+        let command_line = std::fs::read(format!("/proc/{ancestor}/cmdline")).ok()?;
+        if let Some(name) = parse(&command_line, id) {
+            return Some(name);
+        }
+        ancestor = procfs::process::Process::new(ancestor as i32).and_then(|process| process.stat()).ok()?.ppid as u32;
+    }
+    None
 }
 
 /// Reads `-n NAME` from a command line (NUL after each argument) that also has `-c ID`.

@@ -190,7 +190,7 @@ fn step_aside<'a>(
     copies: &'a [Program],
     done: &mut Vec<Done<'a>>,
 ) -> io::Result<()> {
-    let mut attach = |program: &'a Program, done: &mut Vec<Done<'a>>| -> io::Result<()> {
+    let attach = |program: &'a Program, done: &mut Vec<Done<'a>>| -> io::Result<()> {
         program.attach(cgroup)?;
         done.push(Done::Attached(program));
         Ok(())

@@ -1,0 +1,180 @@
+//! One thread that waits for everything the agent hears of, and hands it on as owned values. It never waits for the
+//! loop that works on it, so that the kernel's buffers stay empty during a storm.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::agent::state_watch::StateWatch;
+use crate::core::device::Device;
+use crate::core::uevent::{Action, Uevent};
+use crate::sys::udev::{self, UdevEvents};
+use crate::sys::uevent::{KernelEvents, Received};
+
+/// Something happened.
+#[derive(Debug)]
+pub(super) struct News {
+    /// When it was read.
+    pub(super) at: Instant,
+    /// What it is.
+    pub(super) what: What,
+}
+
+/// What happened.
+#[derive(Debug)]
+pub(super) enum What {
+    /// A device is there, its node has its final owner and mode.
+    Plugged(Box<Device>),
+    /// A device is gone.
+    Unplugged(Uevent),
+    /// Events were lost: compare everything.
+    Lost,
+    /// A container's state appeared or changed: index into `STATE_DIRECTORIES`, and its id.
+    State(usize, String),
+    /// The process with this token ended.
+    Exited(u64),
+}
+
+const KERNEL: u64 = 0;
+const UDEV: u64 = 1;
+const STATE: u64 = 2;
+/// Tokens from here on stand for processes.
+const FIRST_PROCESS: u64 = 16;
+
+/// Where processes are added to what the thread waits for.
+#[derive(Debug)]
+pub(super) struct Exits {
+    epoll: Arc<OwnedFd>,
+    next: u64,
+}
+
+impl Exits {
+    /// News of this process's end will carry the returned token. Closing the pidfd ends the watch.
+    pub(super) fn watch(&mut self, process: impl AsFd) -> io::Result<u64> {
+        let token = self.next;
+        self.next += 1;
+        let flags = EventFlags::IN | EventFlags::ONESHOT;
+        epoll::add(&*self.epoll, process.as_fd(), EventData::new_u64(token), flags)?;
+        Ok(token)
+    }
+}
+
+/// Subscribes to everything and starts the thread. What happens from now on is in the channel, so a scan that comes
+/// after this misses nothing.
+pub(super) fn start(news: UnboundedSender<News>) -> io::Result<Exits> {
+    let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
+    let kernel = KernelEvents::listen()?;
+    let state = StateWatch::start()?;
+    for (source, token) in [(kernel.as_fd(), KERNEL), (state.as_fd(), STATE)] {
+        epoll::add(&*epoll, source, EventData::new_u64(token), EventFlags::IN)?;
+    }
+    let exits = Exits { epoll: Arc::clone(&epoll), next: FIRST_PROCESS };
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    std::thread::Builder::new().name("watch".into()).spawn(move || {
+        // libudev's objects must stay on the thread that made them.
+        let udev = UdevEvents::listen().and_then(|udev| {
+            epoll::add(&*epoll, udev.as_fd(), EventData::new_u64(UDEV), EventFlags::IN)?;
+            Ok(udev)
+        });
+        match udev {
+            Ok(udev) => {
+                let _ = ready.send(Ok(()));
+                Watch { kernel, udev, state, news }.run(&epoll);
+            }
+            Err(error) => drop(ready.send(Err(error))),
+        }
+    })?;
+    is_ready.recv().map_err(|_| io::Error::other("the watch thread ended"))??;
+    Ok(exits)
+}
+
+struct Watch {
+    kernel: KernelEvents,
+    udev: UdevEvents,
+    state: StateWatch,
+    news: UnboundedSender<News>,
+}
+
+impl Watch {
+    /// Ends when the loop on the other side has.
+    fn run(mut self, epoll: &OwnedFd) {
+        let mut events = Vec::with_capacity(64);
+        while !self.news.is_closed() {
+            events.clear();
+            match epoll::wait(epoll, rustix::buffer::spare_capacity(&mut events), None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => {
+                    tracing::error!("cannot wait for events: {errno}");
+                    return;
+                }
+            }
+            // The kernel's events first: its "remove" of a device comes before udev's "add" of the next one.
+            let mut tokens: Vec<u64> = events.iter().map(|event| event.data.u64()).collect();
+            tokens.sort_unstable();
+            for token in tokens {
+                match token {
+                    KERNEL => self.read_kernel(),
+                    UDEV => {
+                        self.read_kernel();
+                        self.read_udev();
+                    }
+                    STATE => self.read_state(),
+                    process => self.tell(What::Exited(process)),
+                }
+            }
+        }
+    }
+
+    fn tell(&self, what: What) {
+        // The loop is gone: `run` sees that.
+        let _ = self.news.send(News { at: Instant::now(), what });
+    }
+
+    /// Removals act at once. Additions come from udev, after its rules ran; where no udevd runs, from here.
+    fn read_kernel(&self) {
+        loop {
+            match self.kernel.receive() {
+                Ok(Received::Event(event)) if event.action == Action::Remove => self.tell(What::Unplugged(event)),
+                Ok(Received::Event(event)) if event.action == Action::Add && !udev::is_running() => {
+                    let at = Instant::now();
+                    if let Some(device) = udev::by_event(&event) {
+                        let _ = self.news.send(News { at, what: What::Plugged(Box::new(device)) });
+                    }
+                }
+                Ok(Received::Event(_) | Received::Nothing) => {}
+                Ok(Received::Lost) => self.tell(What::Lost),
+                Ok(Received::Empty) => return,
+                Err(error) => {
+                    tracing::error!("cannot read the kernel's events: {error}");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn read_udev(&self) {
+        let (events, lost) = self.udev.receive();
+        for (action, device) in events {
+            if let (Action::Add | Action::Other, Some(device)) = (action, device) {
+                self.tell(What::Plugged(Box::new(device)));
+            }
+        }
+        if lost {
+            self.tell(What::Lost);
+        }
+    }
+
+    fn read_state(&mut self) {
+        match self.state.receive() {
+            Ok(changed) => changed.into_iter().for_each(|(directory, id)| self.tell(What::State(directory, id))),
+            Err(error) => {
+                tracing::warn!("inotify: {error}: looking at everything");
+                self.tell(What::Lost);
+            }
+        }
+    }
+}

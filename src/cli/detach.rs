@@ -1,0 +1,34 @@
+//! `qm-hotplug detach`.
+
+use crate::cli::{Done, change, output};
+use crate::core::protocol::{Detach, GrantInfo, Request};
+use crate::error::Result;
+use crate::{ops, runtime};
+
+/// Arguments of `detach`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Container: name, id, podman:NAME or pid:N
+    #[arg(value_name = "CTR")]
+    container: String,
+    /// Path of the node in the container, or of the device on the host
+    #[arg(value_name = "DEV|DEST")]
+    device: String,
+    /// Print the grants that are gone as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs it.
+pub(super) fn run(args: Args) -> Result<()> {
+    let request = Detach { container: args.container, device: args.device };
+    let here = |executor: &mut ops::Executor| ops::request::detach(executor, &runtime::scan(), &request, false);
+    let (Done::ByAgent(gone) | Done::Here(gone)): Done<Vec<GrantInfo>> = change(&Request::Detach(request.clone()), here)?;
+    if args.json {
+        return output::json(&gone);
+    }
+    for grant in gone {
+        output::line(&format!("{}: {} is gone", grant.container, grant.path))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,53 @@
+//! `qm-hotplug list`.
+
+use crate::agent::client;
+use crate::cli::output;
+use crate::core::protocol::{GrantInfo, List, Request};
+use crate::error::Result;
+use crate::ops::RUN_DIRECTORY;
+use crate::ops::store::Store;
+use crate::{ops, runtime};
+
+/// Arguments of `list`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only this container's grants
+    #[arg(value_name = "CTR")]
+    container: Option<String>,
+    /// Print an array of grants as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs it.
+pub(super) fn run(args: Args) -> Result<()> {
+    let request = List { container: args.container };
+    let by_agent: Option<Vec<GrantInfo>> = client::call(&Request::List(request.clone()))?;
+    let has_agent = by_agent.is_some();
+    let grants = match by_agent {
+        Some(grants) => grants,
+        None => ops::request::list(&Store::peek(RUN_DIRECTORY.as_ref())?, &runtime::scan(), &request)?,
+    };
+    if args.json {
+        output::json(&grants)?;
+    } else {
+        let rows = grants.iter().map(|grant| {
+            vec![
+                grant.container.clone(),
+                grant.path.clone(),
+                grant.device.clone(),
+                format!("{} {}:{}", grant.kind.letter(), grant.major, grant.minor),
+                grant.access.to_string(),
+                format!("{:04o} {}:{}", grant.mode, grant.uid, grant.gid),
+                grant.node.clone(),
+                grant.origin.clone(),
+                grant.note.clone().unwrap_or_default(),
+            ]
+        });
+        output::table(&["CONTAINER", "PATH", "DEVICE", "NUMBER", "ACCESS", "MODE", "NODE", "ORIGIN", "NOTE"], rows)?;
+    }
+    if !has_agent {
+        eprintln!("no agent: plugs and unplugs are not followed");
+    }
+    Ok(())
+}

@@ -1,0 +1,42 @@
+//! What a person or a program reads on stdout.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use crate::core::text::printable;
+use crate::error::{Error, Result};
+
+/// One line, or several; control characters from containers are spelt out.
+pub(super) fn line(text: &str) -> Result<()> {
+    let clean: Vec<String> = text.split('\n').map(printable).collect();
+    write(&format!("{}\n", clean.join("\n")))
+}
+
+/// One JSON document on one line.
+pub(super) fn json(value: &impl Serialize) -> Result<()> {
+    write(&format!("{}\n", serde_json::to_string(value).expect("our own types are printable")))
+}
+
+/// Columns as wide as their widest cell; the last one is not padded.
+pub(super) fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Result<()> {
+    let mut lines = vec![header.iter().map(|cell| (*cell).to_owned()).collect::<Vec<_>>()];
+    lines.extend(rows.map(|row| row.iter().map(|cell| printable(cell)).collect()));
+    let width = |column: usize| lines.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let mut text = String::new();
+    for row in &lines {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    write(&text)
+}
+
+/// A reader that has seen enough (`| head`) is no failure.
+fn write(text: &str) -> Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.map_err(Error::host("write to stdout")),
+    }
+}
