@@ -1,6 +1,9 @@
 # Shell functions shared by the scripts in this directory. Source it; it does nothing by itself.
 # shellcheck shell=bash
 
+# Without it, `set -e` does not hold inside $(...): a step that fails there would go unnoticed.
+shopt -s inherit_errexit
+
 # die MESSAGE: print it to stderr and end the script with status 1.
 die() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The lab tier: an emulated Debian machine with systemd, udevd, Podman and USB hot-plug.
-#   scripts/lab.sh [bookworm|trixie] [TEST-FILTER...]   build what is missing and run the tests (default: bookworm)
+#   scripts/lab.sh [bookworm|trixie] [TEST-FILTER]      build what is missing and run the tests (default: bookworm)
 #   scripts/lab.sh image [RELEASE]                      only build the image, print its directory
 #   scripts/lab.sh shell [RELEASE]                      boot and give a root shell at the serial console
 # Images are kept in $QMH_LAB_CACHE (default /var/cache/qm-hotplug-lab).

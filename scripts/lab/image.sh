@@ -107,7 +107,7 @@ bootstrap() {
 customize() {
     local root=$1
     cp -a --no-preserve=ownership "$lab_dir/guest/." "$root/"
-    chown -R 0:0 "$root/usr/local" "$root/etc/systemd/system" "$root/etc/udev/rules.d"
+    chown -R 0:0 "$root/usr/local" "$root/etc/systemd/system"
     mkdir -p "$root/mnt/repo" "$root/mnt/bin"
     echo lab >"$root/etc/hostname"
     echo 127.0.0.1 localhost lab >"$root/etc/hosts"

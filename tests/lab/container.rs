@@ -13,6 +13,8 @@ pub(crate) struct Container<'vm> {
     pub(crate) name: String,
     /// 64 hexadecimal digits.
     pub(crate) id: String,
+    /// Its first process, in the guest's numbers; another one after a restart.
+    pub(crate) pid: u32,
 }
 
 impl<'vm> Container<'vm> {
@@ -22,23 +24,20 @@ impl<'vm> Container<'vm> {
     /// With Podman's output when it does not start.
     #[track_caller]
     pub(crate) fn run(vm: &'vm Vm, runtime: &str, name: &str, arguments: &str) -> Self {
-        let id = vm.ok(&format!(
+        let started = vm.ok(&format!(
             "lab-rootfs /var/tmp/{name} && \
              podman --runtime {runtime} run -d --name {name} --network=none {arguments} \
-             --rootfs /var/tmp/{name} sleep 100000",
+             --rootfs /var/tmp/{name} sleep 100000 >/dev/null && \
+             podman inspect --format '{{{{.Id}}}} {{{{.State.Pid}}}}' {name}",
         ));
-        Self { vm, name: name.to_owned(), id }
-    }
-
-    /// The pid of its first process, in the guest's numbers.
-    pub(crate) fn pid(&self) -> String {
-        self.vm.ok(&format!("podman inspect --format '{{{{.State.Pid}}}}' {}", self.name))
+        let (id, pid) = started.split_once(' ').expect("an id and a pid");
+        Self { vm, name: name.to_owned(), id: id.to_owned(), pid: pid.parse().expect("a number") }
     }
 
     /// A script line that runs `command` inside the container, with no help from Podman (which takes seconds here).
     /// It joins the mount namespace and the cgroup of the container, so that the device filter counts.
     pub(crate) fn inside(&self, command: &str) -> String {
-        let pid = self.pid();
+        let pid = self.pid;
         format!(
             "( echo $BASHPID >/sys/fs/cgroup$(sed -n s/^0:://p /proc/{pid}/cgroup)/cgroup.procs && \
              exec nsenter --target {pid} --mount {command} )",

@@ -95,7 +95,7 @@ fn podman_runs_containers(vm: &Vm) {
     for runtime in RUNTIMES {
         let container = Container::run(vm, runtime, &format!("smoke-{runtime}"), "--annotation lab.smoke=yes");
         assert_eq!(container.id.len(), 64);
-        let cgroup = vm.ok(&format!("cat /proc/{}/cgroup", container.pid()));
+        let cgroup = vm.ok(&format!("cat /proc/{}/cgroup", container.pid));
         let scope = format!("0::/machine.slice/libpod-{}.scope", container.id);
         assert!(cgroup.starts_with(&scope), "{runtime}: {cgroup} and not {scope}");
         assert_eq!(vm.ok(&container.inside("readlink /bin/sh")), "busybox");
