@@ -24,7 +24,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     let mut desired: Vec<Grant> = registry.containers.values().flat_map(|known| wanted(known, registry.devices.values())).collect();
     let observed = executor.ledger.entries().to_vec();
     desired.extend(observed.iter().filter(|entry| manual_and_valid(entry)).map(|entry| entry.grant.clone()));
-    carry_out(executor, &desired, &observed, None);
+    carry_out(executor, &desired, &observed, is_unplugged, None);
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
         registry.follow(&entry.grant.holder);
@@ -39,14 +39,14 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     // What a person attached stays, as long as it is this very device.
     let stays = |entry: &&Entry| entry.grant.origin == Origin::Manual && entry.grant.device.identity == device.identity;
     desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
-    carry_out(executor, &desired, &observed, Some(since));
+    carry_out(executor, &desired, &observed, is_unplugged, Some(since));
     registry.devices.insert(devpath, device);
 }
 
 /// A device is gone: from all containers.
 pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, devpath: &str, since: Instant) {
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == devpath);
-    carry_out(executor, &[], &observed, Some(since));
+    carry_out(executor, &[], &observed, |_| true, Some(since));
     registry.devices.remove(devpath);
 }
 
@@ -64,13 +64,13 @@ pub(super) fn container(executor: &mut Executor, registry: &mut Registry, direct
     let Some(known) = registry.containers.get(id) else { return };
     let mut desired: Vec<Grant> = wanted(known, registry.devices.values());
     desired.extend(observed.iter().filter(|entry| manual_and_valid(entry)).map(|entry| entry.grant.clone()));
-    carry_out(executor, &desired, &observed, Some(since));
+    carry_out(executor, &desired, &observed, is_unplugged, Some(since));
 }
 
 /// A container ended.
 pub(super) fn ended(executor: &mut Executor, id: &str) {
     let observed = entries(executor, |entry| entry.grant.holder.id == id && has_ended(entry));
-    carry_out(executor, &[], &observed, None);
+    carry_out(executor, &[], &observed, is_unplugged, None);
 }
 
 fn entries(executor: &Executor, test: impl Fn(&Entry) -> bool) -> Vec<Entry> {
@@ -85,18 +85,28 @@ fn has_ended(entry: &Entry) -> bool {
     Process::open_same(entry.grant.holder.pid, entry.grant.holder.start_time).is_none()
 }
 
+fn is_unplugged(entry: &Entry) -> bool {
+    !udev::is_present(&entry.grant.device.identity)
+}
+
 fn manual_and_valid(entry: &Entry) -> bool {
-    entry.grant.origin == Origin::Manual && !has_ended(entry) && udev::is_present(&entry.grant.device.identity)
+    entry.grant.origin == Origin::Manual && !has_ended(entry) && !is_unplugged(entry)
 }
 
 /// Each change by itself: one that fails is logged and does not stop the others.
-fn carry_out(executor: &mut Executor, desired: &[Grant], observed: &[Entry], since: Option<Instant>) {
-    for change in changes(desired, observed) {
+fn carry_out(
+    executor: &mut Executor,
+    desired: &[Grant],
+    observed: &[Entry],
+    unplugged: impl Fn(&Entry) -> bool,
+    since: Option<Instant>,
+) {
+    for change in changes(desired, observed, unplugged) {
         let result = executor.carry_out(&change);
         let micros = since.map(|since| since.elapsed().as_micros() as u64);
         let (what, grant) = match &change {
             Change::Add(grant) => ("granted", grant),
-            Change::Remove(entry) => ("revoked", &entry.grant),
+            Change::Remove { entry, .. } => ("revoked", &entry.grant),
         };
         let (container, device) = (grant.holder.label(), grant.device.number.to_string());
         match result {

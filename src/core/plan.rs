@@ -4,7 +4,7 @@
 //! it is when its turn comes, because a change before it may have failed.
 
 use crate::core::device::{Access, Number};
-use crate::core::ledger::{Entry, Grant, Holder, Placement};
+use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement};
 
 /// One grant to make, or one to take back.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,7 +12,12 @@ pub enum Change {
     /// Put it into force.
     Add(Grant),
     /// Take it back.
-    Remove(Entry),
+    Remove {
+        /// The grant, with what was made for it.
+        entry: Entry,
+        /// Whether its device is unplugged: then a node that the container had from its start is stale, and goes too.
+        unplugged: bool,
+    },
 }
 
 /// The smallest act.
@@ -65,7 +70,8 @@ impl Step {
 
 /// What must change so that `desired` is in force and nothing else. Removals come first: a number or a path that
 /// changes hands is free before the next one takes it. Of two grants for one path of one container the first counts.
-pub fn changes(desired: &[Grant], observed: &[Entry]) -> Vec<Change> {
+/// `unplugged` says whether the device of an entry is gone.
+pub fn changes(desired: &[Grant], observed: &[Entry], unplugged: impl Fn(&Entry) -> bool) -> Vec<Change> {
     let settled = |entry: &Entry| entry.placement != Placement::Pending && entry.left_over.is_none();
     let mut kept: Vec<&Grant> = Vec::new();
     let mut changes = Vec::new();
@@ -73,7 +79,7 @@ pub fn changes(desired: &[Grant], observed: &[Entry]) -> Vec<Change> {
         if settled(entry) && desired.iter().any(|grant| grant.is_same(&entry.grant)) {
             kept.push(&entry.grant);
         } else {
-            changes.push(Change::Remove(entry.clone()));
+            changes.push(Change::Remove { entry: entry.clone(), unplugged: unplugged(entry) });
         }
     }
     for grant in desired {
@@ -103,7 +109,7 @@ impl Change {
                 steps.push(Step::MakeNode(grant.clone()));
                 steps
             }
-            Change::Remove(entry) => {
+            Change::Remove { entry, unplugged } => {
                 let grant = &entry.grant;
                 let number = grant.device.number;
                 let (before, after) = (rights(ledger, grant, None), rights(ledger, grant, Some(entry)));
@@ -113,6 +119,9 @@ impl Change {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: directories.clone() });
                     }
                     Placement::Pending => steps.push(Step::RemoveNode { grant: grant.clone(), directories: Vec::new() }),
+                    Placement::Container if *unplugged && grant.origin != Origin::Manual => {
+                        steps.push(Step::RemoveNode { grant: grant.clone(), directories: Vec::new() });
+                    }
                     Placement::Container | Placement::Host => {}
                 }
                 steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });

@@ -79,7 +79,7 @@ impl World {
     /// Carries out a plan; returns the steps in the order done.
     fn reach(&mut self, desired: &[Grant]) -> Vec<Step> {
         let mut done = Vec::new();
-        for change in changes(desired, &self.ledger.clone()) {
+        for change in changes(desired, &self.ledger.clone(), |_| false) {
             for step in change.steps(&self.ledger.clone()) {
                 self.apply(&step);
                 done.push(step);
@@ -127,7 +127,7 @@ proptest! {
         let mut world = World::default();
         world.reach(&first);
         let before = world.clone();
-        for change in changes(&second, &world.ledger.clone()).into_iter().take(1) {
+        for change in changes(&second, &world.ledger.clone(), |_| false).into_iter().take(1) {
             let steps = change.steps(&world.ledger.clone());
             for step in &steps { world.apply(step); }
             for step in steps.iter().rev() { world.apply(&step.inverse()); }
@@ -155,13 +155,25 @@ fn a_device_that_comes_back_with_the_same_number_is_another_one() {
     let mut new = old.clone();
     new.device.identity.inode += 1;
     let entry = Entry { grant: old, placement: Placement::Ours(vec![]), left_over: None };
-    let plan = changes(std::slice::from_ref(&new), std::slice::from_ref(&entry));
-    assert_eq!(plan, [Change::Remove(entry), Change::Add(new)]);
+    let plan = changes(std::slice::from_ref(&new), std::slice::from_ref(&entry), |_| true);
+    assert_eq!(plan, [Change::Remove { entry, unplugged: true }, Change::Add(new)]);
 }
 
 #[test]
 fn what_was_left_half_done_is_taken_back_and_done_again() {
     let wanted = grant(1, 0, 0, 7);
     let entry = Entry { grant: wanted.clone(), placement: Placement::Pending, left_over: None };
-    assert_eq!(changes(std::slice::from_ref(&wanted), std::slice::from_ref(&entry)), [Change::Remove(entry), Change::Add(wanted)]);
+    let plan = changes(std::slice::from_ref(&wanted), std::slice::from_ref(&entry), |_| false);
+    assert_eq!(plan, [Change::Remove { entry, unplugged: false }, Change::Add(wanted)]);
+}
+
+#[test]
+fn a_node_from_the_containers_start_goes_only_when_its_device_is_unplugged() {
+    let mut grant = grant(1, 0, 0, 7);
+    grant.origin = Origin::Rule("ttyUSB".into());
+    let entry = Entry { grant, placement: Placement::Container, left_over: None };
+    for unplugged in [true, false] {
+        let steps = Change::Remove { entry: entry.clone(), unplugged }.steps(std::slice::from_ref(&entry));
+        assert_eq!(steps.iter().any(|step| matches!(step, Step::RemoveNode { .. })), unplugged);
+    }
 }

@@ -84,7 +84,7 @@ impl Executor {
     fn take_back(&mut self, undo: Vec<Step>, change: &Change, first: Error) -> Error {
         let grant = match change {
             Change::Add(grant) => grant,
-            Change::Remove(entry) => {
+            Change::Remove { entry, .. } => {
                 self.ledger.mark_left_over(&entry.grant, &first.chain());
                 return first;
             }
@@ -234,7 +234,7 @@ impl Executor {
     pub fn revoke_all(&mut self) -> Result<()> {
         let mut result = Ok(());
         for entry in self.ledger.entries().to_vec() {
-            if let Err(error) = self.carry_out(&Change::Remove(entry)) {
+            if let Err(error) = self.carry_out(&Change::Remove { entry, unplugged: false }) {
                 tracing::error!("{}", error.chain());
                 result = result.and(Err(error));
             }

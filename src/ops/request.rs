@@ -44,7 +44,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
                 ),
             });
         }
-        executor.carry_out(&Change::Remove(entry))?;
+        executor.carry_out(&Change::Remove { entry, unplugged: false })?;
     }
     let placement = executor.carry_out(&Change::Add(grant.clone()))?;
     Ok(GrantInfo::from(&Entry { grant, placement, left_over: None }))
@@ -93,7 +93,7 @@ pub fn detach(executor: &mut Executor, containers: &[Container], request: &Detac
     let mut gone = Vec::new();
     for entry in matching {
         let info = GrantInfo::from(&entry);
-        executor.carry_out(&Change::Remove(entry))?;
+        executor.carry_out(&Change::Remove { entry, unplugged: false })?;
         gone.push(info);
     }
     Ok(gone)
@@ -128,7 +128,7 @@ pub fn prune(executor: &mut Executor) {
     let ended = |entry: &&Entry| Process::open_same(entry.grant.holder.pid, entry.grant.holder.start_time).is_none();
     let entries: Vec<Entry> = executor.ledger.entries().iter().filter(ended).cloned().collect();
     for entry in entries {
-        if let Err(error) = executor.carry_out(&Change::Remove(entry)) {
+        if let Err(error) = executor.carry_out(&Change::Remove { entry, unplugged: false }) {
             tracing::warn!("{}", error.chain());
         }
     }

@@ -1,6 +1,6 @@
 //! The lab tier: real systemd, udevd, Podman and USB hot-plug in an emulated Debian machine.
 //!
-//! Run it with `scripts/lab.sh [bookworm|trixie] [FILTER...]`, which builds the image and the binary first.
+//! Run it with `scripts/lab.sh [bookworm|trixie] [FILTER]`, which builds the image and the binary first.
 //! All cases share one boot and run one after the other, in the order of [`cases`]: each leaves the machine
 //! as it found it (what it plugged is unplugged, its containers are gone), also when it fails, because
 //! [`vm::Plugged`] and [`container::Container`] clean up on drop.
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         return libtest_mimic::run(&arguments, listed).exit_code();
     }
     let Some(image) = Image::from_environment() else {
-        eprintln!("the lab tier needs an image and a build: run scripts/lab.sh [bookworm|trixie] [FILTER...]");
+        eprintln!("the lab tier needs an image and a build: run scripts/lab.sh [bookworm|trixie] [FILTER]");
         return ExitCode::FAILURE;
     };
     let vm = Arc::new(Vm::boot(&image));
