@@ -1,5 +1,6 @@
 //! Parses the command line, sets up logging, and turns an error into a message and an exit code.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -32,5 +33,6 @@ fn start_logging(is_agent: bool) {
         registry.with(journal.with_syslog_identifier("qm-hotplug".into())).init();
         return;
     }
-    registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false)).init();
+    let plain = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+    registry.with(plain.with_ansi(std::io::stderr().is_terminal())).init();
 }

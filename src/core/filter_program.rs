@@ -26,6 +26,11 @@ pub struct Insn {
 }
 
 impl Insn {
+    /// An instruction from its fields, as linux/bpf.h names them.
+    pub const fn new(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> Insn {
+        Insn { code, dst, src, off, imm }
+    }
+
     /// The eight bytes that the kernel reads, little-endian.
     pub fn to_bytes(self) -> [u8; 8] {
         let [off_low, off_high] = self.off.to_le_bytes();
@@ -87,29 +92,35 @@ pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
     const WANTED: i16 = -48;
     let mut a = Assembler::default();
     a.mov(R6, R1);
-    // R9 = levels whose marks ran for this very verdict; the slot is cleared for the next one.
+    // R9 = levels whose marks ran for this very verdict; the slot is cleared for the next one. Computed without a
+    // branch, as R7 below: each value that is known on one path and not on another doubles what the verifier walks.
     a.store_imm(W, R10, INDEX, 0);
     a.lookup(witness_fd, INDEX);
-    a.mov_imm(R9, 0);
-    a.jump_imm(JEQ, R0, 0, "verdict");
+    a.jump_imm(JEQ, R0, 0, "leave");
     a.mov(R7, R0);
     a.load(DW, R8, R7, 0);
     a.load(DW, R9, R7, 8);
     a.store_imm(DW, R7, 0, 0);
     a.call(helper::GET_CURRENT_PID_TGID);
-    a.jump_reg(JEQ, R0, R8, "verdict");
-    a.mov_imm(R9, 0);
+    // R0 = all ones if the task is the witness's, else 0.
+    a.alu64(XOR, R0, R8);
+    a.mov(R1, R0);
+    a.neg64(R1);
+    a.alu64(OR, R0, R1);
+    a.alu64_imm(RSH, R0, 63);
+    a.alu64_imm(SUB, R0, 1);
+    a.alu64(AND, R9, R0);
 
-    // R8 = first level to look at.
-    a.label("verdict");
+    // R7 = levels to look at: all for a plain refusal, those below the mark for a renamed one.
     a.call(helper::GET_RETVAL);
-    a.mov_imm(R8, 1);
+    a.mov_imm(R7, -1);
     a.jump32_imm(JEQ, R0, EPERM, "wanted");
-    a.mov32(R8, R0);
-    a.alu32_imm(ADD, R8, MARK_BASE);
-    a.neg32(R8);
-    a.jump32_imm(JGT, R8, MAX_LEVELS as i32 - 1, "leave");
-    a.alu32_imm(ADD, R8, 1);
+    a.mov32(R1, R0);
+    a.alu32_imm(ADD, R1, MARK_BASE);
+    a.neg32(R1);
+    a.jump32_imm(JGT, R1, MAX_LEVELS as i32 - 1, "leave");
+    a.alu32_imm(ADD, R1, 1);
+    a.alu64(LSH, R7, R1);
 
     a.label("wanted");
     a.load(W, R1, R6, CTX_ACCESS_TYPE);
@@ -124,8 +135,13 @@ pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
     a.store(W, R10, KEY + 16, R1);
     a.store_imm(W, R10, KEY + 20, 0);
 
+    a.mov_imm(R8, 1);
     a.label("level");
     a.jump32_imm(JGT, R8, MAX_LEVELS as i32 - 1, "refuse");
+    a.mov(R1, R7);
+    a.alu64(RSH, R1, R8);
+    a.alu64_imm(AND, R1, 1);
+    a.jump_imm(JEQ, R1, 0, "next");
     a.mov(R1, R8);
     a.call(helper::GET_CURRENT_ANCESTOR_CGROUP_ID);
     a.jump_imm(JEQ, R0, 0, "refuse");
@@ -232,11 +248,13 @@ const R10: Reg = Reg(10);
 const W: u8 = 0x00;
 const DW: u8 = 0x18;
 const ADD: u8 = 0x00;
+const SUB: u8 = 0x10;
 const OR: u8 = 0x40;
 const AND: u8 = 0x50;
 const LSH: u8 = 0x60;
 const RSH: u8 = 0x70;
 const NEG: u8 = 0x80;
+const XOR: u8 = 0xa0;
 const MOV: u8 = 0xb0;
 const JA: u8 = 0x00;
 const JEQ: u8 = 0x10;
@@ -295,6 +313,10 @@ impl Assembler {
 
     fn alu32_imm(&mut self, op: u8, dst: Reg, imm: i32) {
         self.push(CLASS_ALU32 | op, dst, R0, 0, imm);
+    }
+
+    fn neg64(&mut self, dst: Reg) {
+        self.push(CLASS_ALU64 | NEG, dst, R0, 0, 0);
     }
 
     fn neg32(&mut self, dst: Reg) {

@@ -75,3 +75,6 @@ fn parse_json<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, String> {
 fn read(path: &Path) -> Result<String, String> {
     std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,12 +3,34 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod actor;
+mod filter;
+mod kernel_bpf;
+mod marks;
+mod stage;
+mod standing;
+
 use libtest_mimic::{Arguments, Trial};
 
 fn main() {
+    actor::become_if_asked();
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     support::enter();
-    let trials: Vec<Trial> = Vec::new();
+    let tests = [filter::TESTS, marks::TESTS, standing::TESTS].concat();
+    let trials = tests.into_iter().map(|(name, test)| Trial::test(name, move || isolated(test))).collect();
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// Runs a test between two checks that the kernel holds nothing of ours; a failed one's leftovers are taken out.
+fn isolated(test: fn()) -> Result<(), libtest_mimic::Failed> {
+    support::assert_nothing_left();
+    let result = std::panic::catch_unwind(test);
+    let root = qm_hotplug::sys::cgroup::CgroupRoot::find().unwrap();
+    qm_hotplug::sys::device_filter::DeviceFilter::release(&root).unwrap();
+    support::assert_nothing_left();
+    result.map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        text.unwrap_or_else(|| "panicked".into()).into()
+    })
 }

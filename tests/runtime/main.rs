@@ -1,28 +1,81 @@
 //! The runtime tier: podman with runc and crun, and real events of this kernel. Needs root.
+//!
+//! Every case runs once with each runtime and leaves nothing behind, also when it fails: devices, containers and the
+//! agent go when their values are dropped, the rest goes in [`clean`].
+
+mod agent;
+mod agent_restart;
+mod agent_socket;
+mod attach;
+mod detach;
+mod host_dev;
+mod hotplug;
+mod plug;
+mod precreate;
+mod refusals;
+mod refused_containers;
+mod refused_destinations;
+mod state;
+mod updates;
 
 #[path = "../support/mod.rs"]
 mod support;
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use libtest_mimic::{Arguments, Trial};
-use support::{podman, podman::Container, qm};
+use support::podman;
+
+/// A case: its name and what it does with containers of a runtime. It fails by panicking.
+type Case = (&'static str, fn(&str));
 
 fn main() {
     let mut arguments = Arguments::from_args();
+    // There is one device filter, and one set of device numbers.
     arguments.test_threads = Some(1);
-    support::enter();
-    let trials = vec![Trial::test("smoke", || {
-        for runtime in podman::RUNTIMES {
-            let c = Container::start(runtime, "qmh-smoke", &[]);
-            c.sh("echo hi >/tmp/x").ok();
-            assert!(c.opens("<>", "/dev/null"));
-            qm(&["attach", &c.name, "/dev/tty3"]).ok();
-            assert!(c.opens("<>", "/dev/tty3"));
-            qm(&["detach", &c.name, "/dev/tty3"]).ok();
-        }
-        support::assert_nothing_left();
-        Ok(())
-    })];
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    podman::clean_up();
+    let cases = [
+        attach::CASES,
+        detach::CASES,
+        host_dev::CASES,
+        hotplug::CASES,
+        agent::CASES,
+        agent_restart::CASES,
+        agent_socket::CASES,
+        updates::CASES,
+        precreate::CASES,
+        refusals::CASES,
+        refused_destinations::CASES,
+        refused_containers::CASES,
+    ];
+    let trials = cases.into_iter().flatten().flat_map(|(name, case)| {
+        podman::RUNTIMES.map(|runtime| {
+            Trial::test(format!("{name}::{runtime}"), move || {
+                let result = catch_unwind(|| case(runtime));
+                let cleaned = catch_unwind(AssertUnwindSafe(clean));
+                result.and(cleaned).unwrap_or_else(|panic| resume_unwind(panic));
+                Ok(())
+            })
+        })
+    });
+    if !arguments.list {
+        support::enter();
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    if !arguments.list {
+        podman::clean_up();
+        plug::remove_links();
+        let _ = std::fs::remove_file(std::env::temp_dir().join(format!("qm-hotplug-agent-{}.log", std::process::id())));
+    }
     conclusion.exit();
+}
+
+/// Takes out what a case may have left, and looks whether anything of ours is still there.
+fn clean() {
+    podman::remove_all();
+    plug::remove_links();
+    support::release();
+    support::assert_nothing_left();
+    assert_eq!(state::ledger(), Default::default(), "the ledger is empty");
+    let left = std::fs::read_dir("/dev").unwrap().flatten().map(|entry| entry.file_name());
+    assert_eq!(left.filter(|name| name.to_string_lossy().starts_with(".qm-hotplug")).count(), 0, "half-made nodes in /dev");
 }

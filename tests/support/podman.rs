@@ -1,5 +1,7 @@
 //! Real containers: podman with runc or crun on a busybox root file system, in storage of their own.
 
+use std::fs::Metadata;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,17 +12,24 @@ use super::{Said, run};
 /// The runtimes that every runtime test goes through.
 pub const RUNTIMES: [&str; 2] = ["runc", "crun"];
 
+/// What runs here without CAP_SYS_RESOURCE.
+const MODEST: [&str; 7] =
+    ["--security-opt", "seccomp=unconfined", "--pids-limit=-1", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"];
+
 /// A container that is removed when dropped.
 pub struct Container {
+    pub runtime: String,
     pub name: String,
     pub id: String,
 }
 
 /// Storage, run directory and root file system for the containers of this test program.
-fn place() -> &'static Path {
+pub fn place() -> &'static Path {
     static PLACE: OnceLock<PathBuf> = OnceLock::new();
     PLACE.get_or_init(|| {
         let place = tempfile::Builder::new().prefix("qm-hotplug-podman-").tempdir().unwrap().keep();
+        // Root of a user namespace is a stranger here and must still reach the root file system.
+        std::fs::set_permissions(&place, std::fs::Permissions::from_mode(0o755)).unwrap();
         let bin = place.join("rootfs/bin");
         std::fs::create_dir_all(&bin).unwrap();
         std::fs::copy("/bin/busybox", bin.join("busybox")).expect("busybox-static is installed");
@@ -34,9 +43,14 @@ fn place() -> &'static Path {
     })
 }
 
+/// Removes all containers of this program.
+pub fn remove_all() {
+    podman(&["rm", "-a", "-f", "-t", "0"]);
+}
+
 /// Removes the storage; call it at the end of the test program.
 pub fn clean_up() {
-    podman(&["rm", "-a", "-f", "-t", "0"]);
+    remove_all();
     let _ = std::fs::remove_dir_all(place());
 }
 
@@ -48,13 +62,22 @@ pub fn podman(args: &[&str]) -> Said {
         command.arg(option).arg(place.join(directory));
     }
     command.args(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "file"]);
-    command.args(args).stdin(Stdio::null());
+    say(command.args(args))
+}
+
+/// Runs a runtime itself (`runc`, `crun`) on its default state directory, as podman does.
+pub fn runtime(name: &str, args: &[&str]) -> Said {
+    say(Command::new(name).args(args))
+}
+
+fn say(command: &mut Command) -> Said {
+    command.stdin(Stdio::null());
     // SAFETY: the child only makes one system call before exec.
     #[allow(unsafe_code)]
     unsafe {
         command.pre_exec(pretend_memlock)
     };
-    command.output().expect("podman is installed").into()
+    command.output().unwrap_or_else(|error| panic!("{command:?}: {error}")).into()
 }
 
 impl Container {
@@ -65,18 +88,23 @@ impl Container {
 
     /// Starts a container with a command of its own.
     pub fn start_running(runtime: &str, name: &str, options: &[&str], command: &[&str]) -> Container {
+        Container::start_under(&[], runtime, name, options, command)
+    }
+
+    /// Starts a container with options for podman itself, those that come before `run`.
+    pub fn start_under(global: &[&str], runtime: &str, name: &str, options: &[&str], command: &[&str]) -> Container {
         podman(&["rm", "-f", "-t", "0", "-i", name]);
         let rootfs = place().join("rootfs");
-        let mut args = vec!["--runtime", runtime, "run", "-d", "--name", name, "--network", "none"];
-        // What runs here without CAP_SYS_RESOURCE.
-        args.extend(["--security-opt", "seccomp=unconfined", "--pids-limit=-1", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]);
+        let mut args = global.to_vec();
+        args.extend(["--runtime", runtime, "run", "-d", "--name", name, "--network", "none"]);
+        args.extend(MODEST);
         args.extend(options);
         // An overlay of the shared directory: containers do not see each other's files.
         let rootfs = format!("{}:O", rootfs.display());
         args.extend(["--rootfs", &rootfs]);
         args.extend(command);
         let id = podman(&args).ok().trim().to_owned();
-        Container { name: name.to_owned(), id }
+        Container { runtime: runtime.to_owned(), name: name.to_owned(), id }
     }
 
     /// Runs a command inside.
@@ -89,11 +117,40 @@ impl Container {
         self.exec(&["sh", "-c", line])
     }
 
-    /// Whether a process inside can open the path; `<` for reading, `>` for writing, `<>` for both.
+    /// Has a process inside open a device node; `<` for reading, `>` for writing, `<>` for both. The error is the
+    /// shell's, such as `Operation not permitted`, or `no device node`.
+    pub fn open(&self, how: &str, path: &str) -> Result<(), String> {
+        let said = self.sh(&format!("test -c {path} || test -b {path} || exit 9; exec 3{how}{path}"));
+        match said.code {
+            0 => Ok(()),
+            9 => Err("no device node".into()),
+            _ => {
+                assert!(said.stderr.contains("can't open") || said.stderr.contains("can't create"), "{said:?}");
+                let message = said.stderr.lines().find(|line| line.contains("can't ")).unwrap_or_default();
+                Err(message.rsplit(": ").next().unwrap_or_default().to_owned())
+            }
+        }
+    }
+
+    /// Whether a process inside can open the device node.
     pub fn opens(&self, how: &str, path: &str) -> bool {
-        let said = self.sh(&format!("exec 3{how}{path}"));
-        assert!(said.code == 0 || said.stderr.contains("can't open") || said.stderr.contains("can't create"), "{said:?}");
-        said.code == 0
+        self.open(how, path).is_ok()
+    }
+
+    /// Runs a shell line in the container's mount namespace but in the host's cgroup: past the device filter.
+    pub fn past_the_filter(&self, line: &str) -> Said {
+        let pid = self.pid().to_string();
+        run("nsenter", &["-t", &pid, "-m", "--", "/bin/busybox", "sh", "-c", line])
+    }
+
+    /// What lies at a path inside, links not followed.
+    pub fn look(&self, path: &str) -> Option<Metadata> {
+        std::fs::symlink_metadata(format!("/proc/{}/root{path}", self.pid())).ok()
+    }
+
+    /// Kind letter with numbers, owner and mode of what lies at a path inside: `c 4:3 0:0 0600`.
+    pub fn node(&self, path: &str) -> Option<String> {
+        self.look(path).map(|found| describe(&found))
     }
 
     /// Process id of its init on the host.
@@ -111,6 +168,67 @@ impl Container {
 impl Drop for Container {
     fn drop(&mut self) {
         podman(&["rm", "-f", "-t", "0", "-i", &self.name]);
+    }
+}
+
+/// Kind letter with numbers, owner and mode: `c 4:3 0:0 0600`.
+pub fn describe(found: &Metadata) -> String {
+    let kind = match found.mode() & 0o170_000 {
+        0o020_000 => 'c',
+        0o060_000 => 'b',
+        0o100_000 => '-',
+        0o040_000 => 'd',
+        _ => '?',
+    };
+    let (major, minor) = (rustix::fs::major(found.rdev()), rustix::fs::minor(found.rdev()));
+    format!("{kind} {major}:{minor} {}:{} {:04o}", found.uid(), found.gid(), found.mode() & 0o7777)
+}
+
+/// A container that runc or crun runs by itself, removed when dropped. For what podman cannot make on storage like ours.
+pub struct Bare {
+    runtime: String,
+    pub id: String,
+}
+
+impl Bare {
+    /// Starts one that sleeps in a user namespace.
+    pub fn start_in_user_namespace(runtime: &str, id: &str) -> Bare {
+        let bundle = place().join(id);
+        let _ = std::fs::remove_dir_all(&bundle);
+        std::fs::create_dir_all(&bundle).unwrap();
+        std::fs::set_permissions(&bundle, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let bundle = bundle.to_str().unwrap();
+        let config = format!("{bundle}/config.json");
+        let said: Said = Command::new(runtime).arg("spec").current_dir(bundle).output().unwrap().into();
+        said.ok();
+        let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+        spec["process"]["terminal"] = false.into();
+        spec["process"]["args"] = serde_json::json!(["sleep", "1000"]);
+        spec["process"].as_object_mut().unwrap().remove("rlimits");
+        spec["root"] = serde_json::json!({ "path": place().join("rootfs"), "readonly": true });
+        let map = serde_json::json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+        spec["linux"]["uidMappings"] = map.clone();
+        spec["linux"]["gidMappings"] = map;
+        spec["linux"]["namespaces"].as_array_mut().unwrap().push(serde_json::json!({ "type": "user" }));
+        std::fs::write(&config, spec.to_string()).unwrap();
+        let mut command = Command::new(runtime);
+        command.args(["run", "--detach", "--bundle", bundle, id]);
+        // A detached container keeps its standard streams: they must not be ours to wait for.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // SAFETY: the child only makes one system call before exec.
+        #[allow(unsafe_code)]
+        unsafe {
+            command.pre_exec(pretend_memlock)
+        };
+        let bare = Bare { runtime: runtime.to_owned(), id: id.to_owned() };
+        assert!(command.status().unwrap().success(), "{command:?}");
+        bare
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        let _ = Command::new(&self.runtime).args(["delete", "--force", &self.id]).output();
     }
 }
 

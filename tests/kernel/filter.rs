@@ -1,0 +1,213 @@
+//! The device filter: what a grant opens, and all that it does not open.
+
+use std::os::fd::AsFd;
+
+use qm_hotplug::core::device::{Access, Number};
+use qm_hotplug::sys::bpf::Map;
+use qm_hotplug::sys::cgroup::CgroupRoot;
+use qm_hotplug::sys::device_filter::{DeviceFilter, Entry};
+use rustix::io::Errno;
+
+use crate::actor::Actor;
+use crate::stage::{ABSENT, FULL, NULL, Stage, TestCgroup, ZERO, block_device, char_device, deny_all, programs};
+
+const REFUSED: Result<(), Errno> = Err(Errno::PERM);
+/// Passed the filter and found no driver.
+const NO_DRIVER: Result<(), Errno> = Err(Errno::NXIO);
+
+pub const TESTS: &[(&str, fn())] = &[
+    ("filter::a_grant_opens_and_its_end_closes", a_grant_opens_and_its_end_closes),
+    ("filter::access_is_exact", access_is_exact),
+    ("filter::kind_and_numbers_are_told_apart", kind_and_numbers_are_told_apart),
+    ("filter::other_cgroups_stay_as_they_were", other_cgroups_stay_as_they_were),
+    ("filter::the_host_stays_as_it_was", the_host_stays_as_it_was),
+    ("filter::a_right_held_anyway_is_not_taken", a_right_held_anyway_is_not_taken),
+    ("filter::level_31_is_reached_and_level_32_is_known_as_too_deep", level_31_is_reached_and_level_32_is_known_as_too_deep),
+    ("filter::entries_are_listed", entries_are_listed),
+    ("filter::a_full_map_says_so_and_keeps_what_it_has", a_full_map_says_so_and_keeps_what_it_has),
+];
+
+fn a_grant_opens_and_its_end_closes() {
+    let stage = Stage::new();
+    let (cgroup, mut actor) = stage.denied("a");
+    let (null, zero) = (stage.nodes.node(NULL), stage.nodes.node(ZERO));
+    assert_eq!(actor.open("rw", &null), REFUSED);
+    stage.filter.set(cgroup.id(), NULL, Access::ALL).unwrap();
+    for how in ["r", "w", "rw"] {
+        assert_eq!(actor.open(how, &null), Ok(()), "{how}");
+    }
+    assert_eq!(actor.open("r", &zero), REFUSED, "another device");
+    stage.filter.set(cgroup.id(), NULL, Access::NONE).unwrap();
+    assert_eq!(actor.open("r", &null), REFUSED);
+    assert_eq!(stage.filter.entries().unwrap(), []);
+}
+
+fn access_is_exact() {
+    let stage = Stage::new();
+    let (cgroup, mut actor) = stage.denied("a");
+    let null = stage.nodes.node(NULL);
+    for bits in 0..8 {
+        let access = Access::from_bits(bits);
+        stage.filter.set(cgroup.id(), NULL, access).unwrap();
+        assert_eq!(stage.filter.get(cgroup.id(), NULL).unwrap(), access);
+        let expect = |letters: &str| {
+            if letters.chars().all(|letter| access.to_string().contains(letter)) { Ok(()) } else { REFUSED }
+        };
+        for how in ["r", "w", "rw"] {
+            assert_eq!(actor.open(how, &null), expect(how), "{how} with {access}");
+        }
+        assert_eq!(actor.mknod(NULL, stage.nodes.free()), expect("m"), "mknod with {access}");
+    }
+}
+
+fn kind_and_numbers_are_told_apart() {
+    let stage = Stage::new();
+    let (cgroup, mut actor) = stage.denied("a");
+    let all = [
+        ABSENT,
+        block_device(ABSENT.major, ABSENT.minor),
+        char_device(ABSENT.major, ABSENT.minor + 1),
+        char_device(ABSENT.major + 1, ABSENT.minor),
+        char_device(ABSENT.major, 0),
+        block_device(ABSENT.major, 0),
+    ];
+    for granted in all {
+        stage.filter.set(cgroup.id(), granted, Access::ALL).unwrap();
+        for other in all {
+            let expected = if other == granted { NO_DRIVER } else { REFUSED };
+            assert_eq!(actor.open("r", stage.nodes.node(other)), expected, "{other} when {granted} is granted");
+        }
+        stage.filter.set(cgroup.id(), granted, Access::NONE).unwrap();
+    }
+}
+
+fn other_cgroups_stay_as_they_were() {
+    let stage = Stage::new();
+    let null = stage.nodes.node(NULL);
+    // The parent has a filter too, as a scope has that systemd made.
+    let parent = TestCgroup::new("parent");
+    parent.attach(&deny_all());
+    let granted = parent.child("granted");
+    let sibling = parent.child("sibling");
+    sibling.attach(&deny_all());
+    let bare = parent.child("bare");
+    let before = [&parent, &sibling, &bare].map(TestCgroup::programs);
+
+    stage.filter.mark(&granted.open()).unwrap();
+    stage.filter.set(granted.id(), NULL, Access::ALL).unwrap();
+    assert_eq!(granted.actor().open("rw", &null), Ok(()), "the grant reaches past the parent's filter");
+    for other in [&parent, &sibling, &bare] {
+        assert_eq!(other.actor().open("rw", &null), REFUSED, "{}", other.path);
+    }
+    assert_eq!([&parent, &sibling, &bare].map(TestCgroup::programs), before);
+}
+
+fn the_host_stays_as_it_was() {
+    let root = CgroupRoot::find().unwrap();
+    let before = programs(root.as_fd());
+    {
+        let stage = Stage::new();
+        let (cgroup, mut actor) = stage.denied("a");
+        let (null, absent) = (stage.nodes.node(NULL), stage.nodes.node(ABSENT));
+        let outside = |path: &std::path::Path| Actor::start(None).open("rw", path);
+        assert_eq!((outside(&null), outside(&absent)), (Ok(()), NO_DRIVER));
+        stage.filter.set(cgroup.id(), NULL, Access::READ).unwrap();
+        assert_eq!(actor.open("r", &null), Ok(()));
+        assert_eq!((outside(&null), outside(&absent)), (Ok(()), NO_DRIVER), "a narrow grant narrows nobody else");
+        let (ours, others): (Vec<_>, Vec<_>) = programs(root.as_fd()).into_iter().partition(|(_, name)| name.starts_with("qmhp"));
+        assert_eq!((ours.len(), others), (1, before.clone()));
+    }
+    DeviceFilter::release(&root).unwrap();
+    assert_eq!(programs(root.as_fd()), before);
+}
+
+/// What the container's own filter allows stays allowed, whatever the map says of it.
+fn a_right_held_anyway_is_not_taken() {
+    let stage = Stage::new();
+    let cgroup = TestCgroup::new("a");
+    cgroup.attach(&crate::stage::allow_only(NULL));
+    let mut actor = cgroup.actor();
+    let (null, zero) = (stage.nodes.node(NULL), stage.nodes.node(ZERO));
+    let narrow = |access| stage.filter.set(cgroup.id(), NULL, access).unwrap();
+    for access in [Access::READ, Access::NONE] {
+        narrow(access);
+        assert_eq!((actor.open("rw", &null), actor.open("r", &zero)), (Ok(()), REFUSED));
+    }
+}
+
+fn level_31_is_reached_and_level_32_is_known_as_too_deep() {
+    let stage = Stage::new();
+    let null = stage.nodes.node(NULL);
+    // Dropped from the back: the deepest first.
+    let mut chain = Chain(vec![TestCgroup::new("1")]);
+    while chain.0.len() < 32 {
+        let next = chain.0.last().unwrap().child(&(chain.0.len() + 1).to_string());
+        chain.0.push(next);
+    }
+    let (deepest, too_deep) = (&chain.0[30], &chain.0[31]);
+    assert_eq!((deepest.open().level, deepest.open().is_too_deep()), (31, false));
+    assert_eq!((too_deep.open().level, too_deep.open().is_too_deep()), (32, true));
+    deepest.attach(&deny_all());
+    stage.filter.mark(&deepest.open()).unwrap();
+    let mut actor = deepest.actor();
+    assert_eq!(actor.open("r", &null), REFUSED);
+    stage.filter.set(deepest.id(), NULL, Access::ALL).unwrap();
+    assert_eq!(actor.open("r", &null), Ok(()));
+    // Beyond its reach a refusal stays one: nothing is opened by mistake.
+    too_deep.attach(&deny_all());
+    stage.filter.set(too_deep.id(), NULL, Access::ALL).unwrap();
+    assert_eq!(too_deep.actor().open("r", &null), REFUSED);
+}
+
+struct Chain(Vec<TestCgroup>);
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        while self.0.pop().is_some() {}
+    }
+}
+
+fn entries_are_listed() {
+    let stage = Stage::new();
+    let entry = |cgroup, number: Number, access| Entry { cgroup, number, access };
+    let mut all = vec![
+        entry(7, NULL, Access::READ),
+        entry(7, block_device(1, 3), Access::ALL),
+        entry(u64::MAX, char_device(u32::MAX, u32::MAX), Access::MKNOD),
+        entry(5, FULL, Access::WRITE),
+    ];
+    for Entry { cgroup, number, access } in &all {
+        stage.filter.set(*cgroup, *number, *access).unwrap();
+    }
+    all.sort();
+    assert_eq!(stage.filter.entries().unwrap(), all);
+    stage.filter.set(7, NULL, Access::WRITE).unwrap();
+    assert_eq!(stage.filter.get(7, NULL).unwrap(), Access::WRITE, "set replaces, it does not add");
+    stage.filter.set(7, NULL, Access::NONE).unwrap();
+    stage.filter.set(7, NULL, Access::NONE).unwrap();
+    assert_eq!(stage.filter.entries().unwrap().len(), 3);
+}
+
+fn a_full_map_says_so_and_keeps_what_it_has() {
+    let stage = Stage::new();
+    let mut taken = 0;
+    let refusal = loop {
+        match stage.filter.set(u64::from(taken) + 1, NULL, Access::ALL) {
+            Ok(()) => taken += 1,
+            Err(error) => break error,
+        }
+        assert!(taken <= 65_536, "more than it is said to take");
+    };
+    assert_eq!(taken, 65_536);
+    let text = refusal.to_string();
+    assert!(text.contains("full") && text.contains("65536"), "{text:?} tells nobody what is wrong");
+    assert_eq!(stage.filter.get(1, NULL).unwrap(), Access::ALL);
+    assert_eq!(stage.filter.get(u64::from(taken), NULL).unwrap(), Access::ALL);
+    stage.filter.set(1, NULL, Access::READ).expect("what is there can be changed");
+    stage.filter.set(2, NULL, Access::NONE).unwrap();
+    stage.filter.set(u64::from(taken) + 1, NULL, Access::ALL).expect("a place that became free is taken");
+    // The kernel's own word for it, which no person would understand.
+    let map = Map::create_hash("small", 4, 4, 1).unwrap();
+    map.insert(&[0; 4], &[0; 4]).unwrap();
+    assert_eq!(map.insert(&[1; 4], &[0; 4]).unwrap_err().raw_os_error(), Some(libc::E2BIG));
+}
