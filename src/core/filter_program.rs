@@ -92,27 +92,17 @@ pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
     const WANTED: i16 = -48;
     let mut a = Assembler::default();
     a.mov(R6, R1);
-    // R9 = levels whose marks ran for this very verdict; the slot is cleared for the next one. Computed without a
-    // branch, as R7 below: each value that is known on one path and not on another doubles what the verifier walks.
+    // R8, R9 = the witness: a task, and the levels whose marks ran for it. The slot is cleared for the next verdict.
     a.store_imm(W, R10, INDEX, 0);
     a.lookup(witness_fd, INDEX);
     a.jump_imm(JEQ, R0, 0, "leave");
-    a.mov(R7, R0);
-    a.load(DW, R8, R7, 0);
-    a.load(DW, R9, R7, 8);
-    a.store_imm(DW, R7, 0, 0);
-    a.call(helper::GET_CURRENT_PID_TGID);
-    // R0 = all ones if the task is the witness's, else 0.
-    a.alu64(XOR, R0, R8);
-    a.mov(R1, R0);
-    a.neg64(R1);
-    a.alu64(OR, R0, R1);
-    a.alu64_imm(RSH, R0, 63);
-    a.alu64_imm(SUB, R0, 1);
-    a.alu64(AND, R9, R0);
+    a.load(DW, R8, R0, 0);
+    a.load(DW, R9, R0, 8);
+    a.store_imm(DW, R0, 0, 0);
 
     // R7 = levels to look at: all for a plain refusal, those below the mark for a renamed one.
     a.call(helper::GET_RETVAL);
+    a.jump32_imm(JEQ, R0, 0, "leave");
     a.mov_imm(R7, -1);
     a.jump32_imm(JEQ, R0, EPERM, "wanted");
     a.mov32(R1, R0);
@@ -122,7 +112,18 @@ pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
     a.alu32_imm(ADD, R1, 1);
     a.alu64(LSH, R7, R1);
 
+    // R9 = the levels, or none if the witness is another task's. Without a branch: a value that is known on one path
+    // and not on another doubles what the verifier walks.
     a.label("wanted");
+    a.call(helper::GET_CURRENT_PID_TGID);
+    a.alu64(XOR, R0, R8);
+    a.mov(R1, R0);
+    a.neg64(R1);
+    a.alu64(OR, R0, R1);
+    a.alu64_imm(RSH, R0, 63);
+    a.alu64_imm(SUB, R0, 1);
+    a.alu64(AND, R9, R0);
+
     a.load(W, R1, R6, CTX_ACCESS_TYPE);
     a.mov32(R2, R1);
     a.alu32_imm(AND, R2, 0xffff);
