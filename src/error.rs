@@ -69,7 +69,9 @@ pub enum Error {
     #[error("{0}")]
     Unfit(String),
     /// The kernel cannot carry the device filter.
-    #[error("this kernel ({release}) cannot carry the device filter: {what}: it needs Linux 6.1 with CONFIG_CGROUP_BPF and a process with CAP_SYS_ADMIN or CAP_BPF")]
+    #[error(
+        "this kernel ({release}) cannot carry the device filter: {what}: it needs Linux 6.1 with CONFIG_CGROUP_BPF and a process with CAP_SYS_ADMIN or CAP_BPF"
+    )]
     NoDeviceFilter {
         /// `uname -r`.
         release: String,
@@ -105,7 +107,9 @@ pub enum Error {
         reason: String,
     },
     /// A step failed and taking back the steps before it failed too.
-    #[error("{first}; and undoing it failed: {undo}: the ledger keeps {device} of container '{container}' as left over, `qm-hotplug detach` tries again")]
+    #[error(
+        "{first}; and undoing it failed: {undo}: the ledger keeps {device} of container '{container}' as left over, `qm-hotplug detach` tries again"
+    )]
     Undo {
         /// The first failure.
         first: Box<Error>,

@@ -27,7 +27,8 @@ fn start_logging(is_agent: bool) {
     let level = if is_agent { "info" } else { "warn" };
     let filter = EnvFilter::try_from_env("QM_HOTPLUG_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let registry = tracing_subscriber::registry().with(filter);
-    if is_agent && std::env::var_os("JOURNAL_STREAM").is_some()
+    if is_agent
+        && std::env::var_os("JOURNAL_STREAM").is_some()
         && let Ok(journal) = tracing_journald::layer()
     {
         registry.with(journal.with_syslog_identifier("qm-hotplug".into())).init();

@@ -59,7 +59,11 @@ mod tests {
 
     #[test]
     fn without_our_annotations_every_byte_stays() {
-        for text in ["{ }\n", "{\"annotations\":{\"a\":\"b\"},  \"x\":1e3}", "{\"annotations\":{\"org.containers.qm.device.audio\":\"no\"}} "] {
+        for text in [
+            "{ }\n",
+            "{\"annotations\":{\"a\":\"b\"},  \"x\":1e3}",
+            "{\"annotations\":{\"org.containers.qm.device.audio\":\"no\"}} ",
+        ] {
             assert_eq!(hook(text).unwrap(), text);
         }
     }

@@ -25,7 +25,9 @@ pub fn call<T: DeserializeOwned>(request: &Request) -> Result<Option<T>> {
     let path = socket_path();
     let mut stream = match UnixStream::connect(&path) {
         Ok(stream) => stream,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => return Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            return Ok(None);
+        }
         Err(error) => return Err(Error::host(format!("connect to the agent at {}", path.display()))(error)),
     };
     let talk = || Error::host::<io::Error>(format!("talk to the agent at {}", path.display()));
@@ -39,7 +41,10 @@ pub fn call<T: DeserializeOwned>(request: &Request) -> Result<Option<T>> {
         }
     }
     message.pop();
-    let unreadable = |error: serde_json::Error| Error::BadFile { path: path.clone(), reason: format!("the agent's answer: {error}") };
+    let unreadable = |error: serde_json::Error| Error::BadFile {
+        path: path.clone(),
+        reason: format!("the agent's answer: {error}"),
+    };
     let reply: Reply = serde_json::from_slice(&message).map_err(unreadable)?;
     if reply.error.is_some() {
         let message = reply.parameters.get("message").and_then(Value::as_str).unwrap_or("the agent gave no reason");

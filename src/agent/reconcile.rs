@@ -21,7 +21,8 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     for container in runtime::scan() {
         registry.learn(&executor.cgroups, container);
     }
-    let mut desired: Vec<Grant> = registry.containers.values().flat_map(|known| wanted(known, registry.devices.values())).collect();
+    let mut desired: Vec<Grant> =
+        registry.containers.values().flat_map(|known| wanted(known, registry.devices.values())).collect();
     let observed = executor.ledger.entries().to_vec();
     desired.extend(observed.iter().filter(|entry| manual_and_valid(entry)).map(|entry| entry.grant.clone()));
     carry_out(executor, &desired, &observed, is_unplugged, None);

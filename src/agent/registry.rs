@@ -46,9 +46,8 @@ impl Registry {
     /// Takes in a container, or what is new about it. Returns whether it is a run that was not known before.
     pub(super) fn learn(&mut self, cgroups: &CgroupRoot, container: Container) -> bool {
         let old = self.containers.get_mut(&container.id);
-        let is_same_run = |old: &&mut Known| {
-            (old.container.pid, old.container.start_time) == (container.pid, container.start_time)
-        };
+        let is_same_run =
+            |old: &&mut Known| (old.container.pid, old.container.start_time) == (container.pid, container.start_time);
         let old = old.filter(is_same_run);
         let is_new = old.is_none();
         if let Some(old) = old {
@@ -62,7 +61,12 @@ impl Registry {
         let Some(init) = Process::open_same(container.pid, container.start_time) else { return false };
         let (rules, ignored) = rules(container.annotations.iter().map(|(key, value)| (key.as_str(), value.as_str())));
         for annotation in ignored.iter().filter(|_| is_new) {
-            tracing::warn!(container = container.label(), "annotation {} ignored: {}", annotation.key, annotation.reason);
+            tracing::warn!(
+                container = container.label(),
+                "annotation {} ignored: {}",
+                annotation.key,
+                annotation.reason
+            );
         }
         let holder = match rules.is_empty() {
             true => None,

@@ -67,7 +67,9 @@ impl StateWatch {
                     Some(Place::Directory(index)) if event.mask.contains(AddWatchFlags::IN_CREATE) => {
                         self.look_for_container(index, name, &mut changed);
                     }
-                    Some(Place::Container(index, id)) if name == STATE_DIRECTORIES[index].file || name == "exec.fifo" => {
+                    Some(Place::Container(index, id))
+                        if name == STATE_DIRECTORIES[index].file || name == "exec.fifo" =>
+                    {
                         changed.push((index, id));
                     }
                     _ => {}
@@ -83,7 +85,9 @@ impl StateWatch {
         let flags = match place {
             Place::Parent => AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO,
             Place::Directory(_) => AddWatchFlags::IN_CREATE,
-            Place::Container(..) => AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE | AddWatchFlags::IN_CLOSE_WRITE,
+            Place::Container(..) => {
+                AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE | AddWatchFlags::IN_CLOSE_WRITE
+            }
         };
         match self.inotify.add_watch(path, flags | AddWatchFlags::IN_ONLYDIR) {
             Ok(descriptor) => {

@@ -46,8 +46,8 @@ fn octal(text: &str) -> std::result::Result<u32, String> {
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
     let destination = args.destination.unwrap_or_else(|| args.device.clone());
-    let destination =
-        destination::check(&destination).map_err(|reason| Error::BadDestination { path: destination.clone(), reason })?;
+    let destination = destination::check(&destination)
+        .map_err(|reason| Error::BadDestination { path: destination.clone(), reason })?;
     let device = std::path::absolute(&args.device).ok().and_then(|path| path.into_os_string().into_string().ok());
     let request = Attach {
         container: args.container,
@@ -58,7 +58,9 @@ pub(super) fn run(args: Args) -> Result<()> {
         uid: args.uid,
         gid: args.gid,
     };
-    let done = change(&Request::Attach(request.clone()), |executor| ops::request::attach(executor, &runtime::scan(), &request))?;
+    let done = change(&Request::Attach(request.clone()), |executor| {
+        ops::request::attach(executor, &runtime::scan(), &request)
+    })?;
     let (grant, by_agent): (GrantInfo, bool) = match done {
         Done::ByAgent(grant) => (grant, true),
         Done::Here(grant) => (grant, false),

@@ -23,7 +23,8 @@ pub struct Args {
 pub(super) fn run(args: Args) -> Result<()> {
     let request = Detach { container: args.container, device: args.device };
     let here = |executor: &mut ops::Executor| ops::request::detach(executor, &runtime::scan(), &request, false);
-    let (Done::ByAgent(gone) | Done::Here(gone)): Done<Vec<GrantInfo>> = change(&Request::Detach(request.clone()), here)?;
+    let (Done::ByAgent(gone) | Done::Here(gone)): Done<Vec<GrantInfo>> =
+        change(&Request::Detach(request.clone()), here)?;
     if args.json {
         return output::json(&gone);
     }

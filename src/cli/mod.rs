@@ -82,7 +82,10 @@ enum Done<T> {
 }
 
 /// Has the agent do it, or does it here as root where none runs.
-fn change<T: serde::de::DeserializeOwned>(request: &Request, here: impl FnOnce(&mut Executor) -> Result<T>) -> Result<Done<T>> {
+fn change<T: serde::de::DeserializeOwned>(
+    request: &Request,
+    here: impl FnOnce(&mut Executor) -> Result<T>,
+) -> Result<Done<T>> {
     let until = Instant::now() + PATIENCE;
     loop {
         if let Some(answer) = client::call(request)? {
@@ -107,7 +110,10 @@ fn change<T: serde::de::DeserializeOwned>(request: &Request, here: impl FnOnce(&
 /// `agent --release`.
 fn release() -> Result<()> {
     let mut executor = Executor::open()?.ok_or_else(|| {
-        Error::Unfit("an agent is running and would grant everything again: stop it first with `systemctl stop qm-hotplug`".into())
+        Error::Unfit(
+            "an agent is running and would grant everything again: stop it first with `systemctl stop qm-hotplug`"
+                .into(),
+        )
     })?;
     let revoked = executor.revoke_all();
     executor.release_filter().and(revoked)

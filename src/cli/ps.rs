@@ -38,7 +38,8 @@ struct ContainerInfo {
 pub(super) fn run(args: Args) -> Result<()> {
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
-    let mut containers: Vec<ContainerInfo> = runtime::scan().into_iter().map(|container| info(&cgroups, container)).collect();
+    let mut containers: Vec<ContainerInfo> =
+        runtime::scan().into_iter().map(|container| info(&cgroups, container)).collect();
     containers.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
     if args.json {
         return output::json(&containers);

@@ -102,8 +102,22 @@ mod tests {
     #[test]
     fn near_misses_are_in_none() {
         for node in [
-            "/dev/tty", "/dev/tty8", "/dev/tty10", "/dev/ttyUSB", "/dev/ttyUSB0x", "/dev/ttyS0", "/dev/video", "/dev/videotape",
-            "/dev/snd", "/dev/snd/", "/dev/sndx/a", "/dev/v4l/video0", "dev/video0", "/dev/vcs1", "/dev/../video0", "",
+            "/dev/tty",
+            "/dev/tty8",
+            "/dev/tty10",
+            "/dev/ttyUSB",
+            "/dev/ttyUSB0x",
+            "/dev/ttyS0",
+            "/dev/video",
+            "/dev/videotape",
+            "/dev/snd",
+            "/dev/snd/",
+            "/dev/sndx/a",
+            "/dev/v4l/video0",
+            "dev/video0",
+            "/dev/vcs1",
+            "/dev/../video0",
+            "",
         ] {
             assert_eq!(categories_of(node), [""; 0], "{node}");
         }

@@ -82,7 +82,9 @@ impl Reference {
         match text.split_once(':') {
             None => Ok(Reference::Name(text.to_owned())),
             Some(("podman", name)) if !name.is_empty() => Ok(Reference::Name(name.to_owned())),
-            Some((kind, _)) => Err(format!("'{kind}:' in '{text}' is not known: use podman:NAME, pid:N or a bare name")),
+            Some((kind, _)) => {
+                Err(format!("'{kind}:' in '{text}' is not known: use podman:NAME, pid:N or a bare name"))
+            }
         }
     }
 }

@@ -19,7 +19,10 @@ pub fn check(path: &str) -> Result<String, &'static str> {
         return Err("must not contain '.' or '..'");
     }
     let path = format!("/{}", parts.join("/"));
-    if KERNEL_TREES.iter().any(|tree| path.strip_prefix(tree).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))) {
+    if KERNEL_TREES
+        .iter()
+        .any(|tree| path.strip_prefix(tree).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
+    {
         return Err("is below /proc or /sys, where no device node can be: give a path below /dev");
     }
     Ok(path)
@@ -34,7 +37,9 @@ mod tests {
     fn what_is_allowed_and_what_is_not() {
         assert_eq!(check("/dev//snd/x").as_deref(), Ok("/dev/snd/x"));
         assert_eq!(check("/procedure").as_deref(), Ok("/procedure"));
-        for bad in ["", "dev/x", "/", "/dev/", "/dev/../etc/x", "/dev/./x", "/proc/x", "//proc/x", "/sys/x", "/proc", "/a\0b"] {
+        for bad in
+            ["", "dev/x", "/", "/dev/", "/dev/../etc/x", "/dev/./x", "/proc/x", "//proc/x", "/sys/x", "/proc", "/a\0b"]
+        {
             assert!(check(bad).is_err(), "{bad:?}");
         }
     }

@@ -230,7 +230,9 @@ pub fn mark_name() -> String {
 
 /// FNV-1a, folded to 16 bits: enough to tell one build's program from the next one's.
 fn fingerprint(program: &[Insn]) -> u16 {
-    let hash = assemble(program).iter().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
+    let hash = assemble(program)
+        .iter()
+        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
     (hash ^ (hash >> 16)) as u16
 }
 

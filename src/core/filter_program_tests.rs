@@ -79,7 +79,15 @@ fn key(level: usize, kind: u32, major: u32, minor: u32) -> [u8; KEY_SIZE] {
 
 /// What [`lift`] should make of a verdict, said in another way than the program says it.
 #[allow(clippy::too_many_arguments)]
-fn expected(verdict: i32, depth: usize, granted_level: usize, granted: u32, wanted: u32, same_device: bool, witness: u64) -> i32 {
+fn expected(
+    verdict: i32,
+    depth: usize,
+    granted_level: usize,
+    granted: u32,
+    wanted: u32,
+    same_device: bool,
+    witness: u64,
+) -> i32 {
     let first = match verdict {
         -1 => 1,
         marked if (-2031..=-2000).contains(&marked) => (-2000 - marked) as usize + 1,
@@ -103,7 +111,12 @@ fn lift_decides_the_whole_table_as_specified() {
                         for wanted in 1..8 {
                             cases += 1;
                             KERNEL.with_borrow_mut(|k| {
-                                *k = Kernel { retval: verdict, depth, witness: Box::new([TASK, witness]), ..Kernel::default() };
+                                *k = Kernel {
+                                    retval: verdict,
+                                    depth,
+                                    witness: Box::new([TASK, witness]),
+                                    ..Kernel::default()
+                                };
                                 k.grants.insert(key(granted_level, 2, 188, 0), Box::new(granted));
                             });
                             assert_eq!(run(&program, wanted << 16 | 2, 188, 0), 1, "it never denies");
@@ -128,7 +141,8 @@ fn lift_decides_the_whole_table_as_specified() {
 fn lift_tells_kinds_and_numbers_apart() {
     let program = lift(GRANTS_FD, WITNESS_FD);
     let numbers = [0, 1, 187, 188, 189, 4095, 0xf_ffff];
-    let table = (1..3).flat_map(|kind| numbers.map(|major| (kind, major))).flat_map(|(k, a)| numbers.map(|b| (k, a, b)));
+    let table =
+        (1..3).flat_map(|kind| numbers.map(|major| (kind, major))).flat_map(|(k, a)| numbers.map(|b| (k, a, b)));
     for (kind, major, minor) in table {
         for verdict in [0, -1, -2000] {
             KERNEL.with_borrow_mut(|k| {
@@ -137,7 +151,9 @@ fn lift_tells_kinds_and_numbers_apart() {
             });
             assert_eq!(run(&program, 6 << 16 | kind, major, minor), 1);
             let same = (kind, major, minor) == (2, 188, 1);
-            KERNEL.with_borrow(|k| assert_eq!(k.retval, expected(verdict, 1, 1, 7, 6, same, 0), "{kind} {major}:{minor}"));
+            KERNEL.with_borrow(|k| {
+                assert_eq!(k.retval, expected(verdict, 1, 1, 7, 6, same, 0), "{kind} {major}:{minor}")
+            });
         }
     }
 }
@@ -163,7 +179,9 @@ fn mark_renames_a_refusal_and_nothing_else_and_leaves_its_witness() {
             for (before, expected_levels) in
                 [([0, u64::MAX], 1 << level), ([TASK, 1 << 5], 1 << level | 1 << 5), ([TASK + 1, 1 << 5], 1 << level)]
             {
-                KERNEL.with_borrow_mut(|k| *k = Kernel { retval: verdict, witness: Box::new(before), ..Kernel::default() });
+                KERNEL.with_borrow_mut(|k| {
+                    *k = Kernel { retval: verdict, witness: Box::new(before), ..Kernel::default() }
+                });
                 assert_eq!(run(&program, 2 << 16 | 2, 1, 1), 1);
                 KERNEL.with_borrow(|k| {
                     assert_eq!(k.retval, after, "level {level} verdict {verdict}");

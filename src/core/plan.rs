@@ -61,7 +61,9 @@ impl Step {
             Step::Forget(entry) => Step::Record(entry),
             Step::Mark(holder) => Step::Unmark(holder),
             Step::Unmark(holder) => Step::Mark(holder),
-            Step::Allow { holder, number, before, after } => Step::Allow { holder, number, before: after, after: before },
+            Step::Allow { holder, number, before, after } => {
+                Step::Allow { holder, number, before: after, after: before }
+            }
             Step::MakeNode(grant) => Step::RemoveNode { grant, directories: Vec::new() },
             Step::RemoveNode { grant, .. } => Step::MakeNode(grant),
         }
@@ -118,7 +120,9 @@ impl Change {
                     Placement::Ours(directories) => {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: directories.clone() });
                     }
-                    Placement::Pending => steps.push(Step::RemoveNode { grant: grant.clone(), directories: Vec::new() }),
+                    Placement::Pending => {
+                        steps.push(Step::RemoveNode { grant: grant.clone(), directories: Vec::new() })
+                    }
                     Placement::Container if *unplugged && grant.origin != Origin::Manual => {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: Vec::new() });
                     }

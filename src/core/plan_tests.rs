@@ -63,8 +63,16 @@ impl World {
             Step::Unmark(holder) => assert!(self.marks.remove(&holder.cgroup_id), "unmarked once"),
             Step::Allow { holder, number, before, after } => {
                 let key = (holder.cgroup_id, *number);
-                assert_eq!(self.rights.get(&key).copied().unwrap_or(Access::NONE), *before, "rights as the plan saw them");
-                if after.is_none() { self.rights.remove(&key) } else { self.rights.insert(key, *after) };
+                assert_eq!(
+                    self.rights.get(&key).copied().unwrap_or(Access::NONE),
+                    *before,
+                    "rights as the plan saw them"
+                );
+                if after.is_none() {
+                    self.rights.remove(&key)
+                } else {
+                    self.rights.insert(key, *after)
+                };
             }
             Step::MakeNode(grant) => {
                 let key = (grant.holder.cgroup_id, grant.node.path.clone());
@@ -101,7 +109,8 @@ impl World {
 }
 
 fn grants() -> impl Strategy<Value = Vec<Grant>> {
-    let one = (1u64..4, 0u32..3, 0u32..3, 1u32..8).prop_map(|(cgroup, minor, path, access)| grant(cgroup, minor, path, access));
+    let one = (1u64..4, 0u32..3, 0u32..3, 1u32..8)
+        .prop_map(|(cgroup, minor, path, access)| grant(cgroup, minor, path, access));
     proptest::collection::vec(one, 0..8).prop_map(|mut all| {
         let mut seen = BTreeSet::new();
         all.retain(|grant| seen.insert((grant.holder.cgroup_id, grant.node.path.clone())));

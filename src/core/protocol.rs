@@ -196,7 +196,8 @@ pub fn frame(message: &impl Serialize) -> Vec<u8> {
 
 /// Reads a request. Errors are in words.
 pub fn parse_request(message: &[u8]) -> Result<Request, String> {
-    let mut value: Value = serde_json::from_slice(message).map_err(|error| format!("this is no JSON object: {error}"))?;
+    let mut value: Value =
+        serde_json::from_slice(message).map_err(|error| format!("this is no JSON object: {error}"))?;
     // Varlink lets a caller leave empty parameters out.
     if let Some(object) = value.as_object_mut() {
         object.entry("parameters").or_insert_with(|| json!({}));

@@ -123,7 +123,9 @@ fn spec_type(kind: Kind) -> LinuxDeviceType {
 /// Whether a rule allows `rwm` on just this device.
 fn allows(rule: &Value, number: Number) -> bool {
     let access = rule.get("access").and_then(Value::as_str).unwrap_or_default();
-    rule.get("allow") == Some(&Value::Bool(true)) && "rwm".chars().all(|right| access.contains(right)) && number_of(rule) == Some(number)
+    rule.get("allow") == Some(&Value::Bool(true))
+        && "rwm".chars().all(|right| access.contains(right))
+        && number_of(rule) == Some(number)
 }
 
 fn number_of(entry: &Value) -> Option<Number> {

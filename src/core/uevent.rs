@@ -45,7 +45,8 @@ pub struct Uevent {
 pub fn parse(message: &[u8]) -> Option<Uevent> {
     let mut parts = message.split(|byte| *byte == 0).map(|part| std::str::from_utf8(part).ok());
     parts.next()??.split_once('@')?;
-    let (mut action, mut devpath, mut subsystem, mut devname, mut major, mut minor) = (None, None, None, None, None, None);
+    let (mut action, mut devpath, mut subsystem, mut devname, mut major, mut minor) =
+        (None, None, None, None, None, None);
     for (key, value) in parts.flatten().filter_map(|part| part.split_once('=')) {
         match key {
             "ACTION" => action = Some(Action::named(value)),
@@ -77,7 +78,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const ADD: &[u8] = b"add@/devices/virtual/block/loop9\0ACTION=add\0DEVPATH=/devices/virtual/block/loop9\0SUBSYSTEM=block\0\
+    const ADD: &[u8] =
+        b"add@/devices/virtual/block/loop9\0ACTION=add\0DEVPATH=/devices/virtual/block/loop9\0SUBSYSTEM=block\0\
                          MAJOR=7\0MINOR=9\0DEVNAME=loop9\0DEVTYPE=disk\0DISKSEQ=12\0SEQNUM=1234\0";
 
     #[test]

@@ -56,19 +56,21 @@ fn of_process(containers: &[Container], pid: u32) -> Result<Container> {
 pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<(Holder, Cgroup)> {
     let label = container.label().to_owned();
     let refuse = |reason: String| Error::Refused { container: label.clone(), reason };
-    let process = Process::open_same(container.pid, container.start_time)
-        .ok_or_else(|| Error::ContainerExited(label.clone()))?;
+    let process =
+        Process::open_same(container.pid, container.start_time).ok_or_else(|| Error::ContainerExited(label.clone()))?;
     let look = |what: &str| Error::host(format!("look at the {what} of process {}", container.pid));
     if process.shares_host_mounts().map_err(look("mount namespace"))? {
-        return Err(refuse("its init is in the host's mount namespace, so it is no container or is still starting".into()));
+        return Err(refuse(
+            "its init is in the host's mount namespace, so it is no container or is still starting".into(),
+        ));
     }
     if process.has_own_user_namespace().map_err(look("user namespace"))? {
         return Err(refuse(
-            "it has a user namespace, where device nodes cannot be opened: start it without --userns and as root".into(),
+            "it has a user namespace, where device nodes cannot be opened: start it without --userns and as root"
+                .into(),
         ));
     }
-    let (unified, v1_devices) =
-        process.cgroups().map_err(|_| Error::ContainerExited(label.clone()))?;
+    let (unified, v1_devices) = process.cgroups().map_err(|_| Error::ContainerExited(label.clone()))?;
     if let Some(path) = v1_devices.filter(|path| path != "/") {
         return Err(refuse(format!(
             "it is under the devices controller of cgroup v1 at {path}, which this device filter cannot lift: boot with systemd.unified_cgroup_hierarchy=1"

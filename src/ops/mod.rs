@@ -113,7 +113,9 @@ impl Executor {
             Step::Unmark(holder) => self.unmark(holder)?,
             Step::Allow { holder, number, after, .. } => self.allow(holder, *number, *after)?,
             Step::MakeNode(grant) => return self.make_node(grant).map(Some),
-            Step::RemoveNode { grant, directories } => self.remove_node(grant, directories, matches!(change, Change::Add(_)))?,
+            Step::RemoveNode { grant, directories } => {
+                self.remove_node(grant, directories, matches!(change, Change::Add(_)))?
+            }
         }
         Ok(None)
     }
@@ -175,11 +177,13 @@ impl Executor {
         // A container that ended took its nodes along.
         let Some(process) = Process::open_same(holder.pid, holder.start_time) else { return Ok(()) };
         let (number, path) = (grant.device.number, &grant.node.path);
-        let removed = match inside(holder.label(), &process, self.host, |inside| node::remove(inside, number, path, directories)) {
-            Ok(removed) => removed,
-            Err(Error::ContainerExited(_)) => return Ok(()),
-            Err(error) => return Err(error),
-        };
+        let removed =
+            match inside(holder.label(), &process, self.host, |inside| node::remove(inside, number, path, directories))
+            {
+                Ok(removed) => removed,
+                Err(Error::ContainerExited(_)) => return Ok(()),
+                Err(error) => return Err(error),
+            };
         match removed {
             Ok(true) => Ok(()),
             Ok(false) => {
@@ -214,7 +218,12 @@ impl Executor {
                 match expected.remove(&(entry.cgroup, entry.number)) {
                     Some(access) if access == entry.access => {}
                     known => {
-                        tracing::warn!("cgroup {} had access {} to {} that nobody granted", entry.cgroup, entry.access, entry.number);
+                        tracing::warn!(
+                            "cgroup {} had access {} to {} that nobody granted",
+                            entry.cgroup,
+                            entry.access,
+                            entry.number
+                        );
                         filter.set(entry.cgroup, entry.number, known.unwrap_or(Access::NONE)).map_err(failed)?;
                     }
                 }

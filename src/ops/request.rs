@@ -27,8 +27,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         gid: request.gid.unwrap_or(device.gid),
         mode: request.mode.unwrap_or(device.mode),
     };
-    let grant =
-        Grant { holder, device: Granted::from(&device), access: request.access, node, origin: Origin::Manual };
+    let grant = Grant { holder, device: Granted::from(&device), access: request.access, node, origin: Origin::Manual };
     if let Some(entry) = at_path(executor.ledger.entries(), &grant.holder, &grant.node.path).cloned() {
         let is_settled = entry.placement != Placement::Pending && entry.left_over.is_none();
         if is_settled && entry.grant.is_same(&grant) && entry.grant.node == grant.node {
@@ -57,7 +56,12 @@ fn at_path<'a>(entries: &'a [Entry], holder: &Holder, path: &str) -> Option<&'a 
 /// Takes devices back: the grant with that path inside, else every grant of that device.
 ///
 /// With an agent, what a rule grants would come back at once, so that is refused.
-pub fn detach(executor: &mut Executor, containers: &[Container], request: &Detach, agent: bool) -> Result<Vec<GrantInfo>> {
+pub fn detach(
+    executor: &mut Executor,
+    containers: &[Container],
+    request: &Detach,
+    agent: bool,
+) -> Result<Vec<GrantInfo>> {
     let reference = Reference::parse(&request.container).map_err(Error::Usage)?;
     let container = lookup(containers, &reference)?;
     let of_container = |entry: &&Entry| {

@@ -25,7 +25,13 @@ impl Store {
         let at = |what: &str, path: &Path| Error::host(format!("{what} {}", path.display()));
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(at("make", &directory))?;
         let path = run.join("lock");
-        let lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(at("open", &path))?;
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(at("open", &path))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
@@ -104,7 +110,8 @@ impl Store {
 
 /// Ids are file names, but for `pid:N` and whatever a runtime may allow one day.
 fn file_name(id: &str) -> String {
-    let plain: String = id.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
+    let plain: String =
+        id.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
     format!("c-{plain}.json")
 }
 

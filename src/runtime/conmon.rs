@@ -36,7 +36,8 @@ mod tests {
 
     #[test]
     fn the_name_of_the_right_container_only() {
-        let line = b"/usr/bin/conmon\0--api-version\x001\0-c\0abc\0-u\0abc\0-r\0/usr/bin/crun\0-n\0web\0--exit-dir\0/x\0";
+        let line =
+            b"/usr/bin/conmon\0--api-version\x001\0-c\0abc\0-u\0abc\0-r\0/usr/bin/crun\0-n\0web\0--exit-dir\0/x\0";
         assert_eq!(parse(line, "abc").as_deref(), Some("web"));
         assert_eq!(parse(line, "abd"), None);
         assert_eq!(parse(b"/sbin/init\0-c\0abc\0-n\0web\0", "abc"), None);

@@ -34,7 +34,10 @@ pub const STATE_DIRECTORIES: [StateDirectory; 2] = [
 /// All running containers, in no particular order. State that cannot be read (a container that is just coming or
 /// going) is passed over with a debug line.
 pub fn scan() -> Vec<Container> {
-    STATE_DIRECTORIES.iter().flat_map(|directory| ids(directory).into_iter().filter_map(|id| load(directory, &id))).collect()
+    STATE_DIRECTORIES
+        .iter()
+        .flat_map(|directory| ids(directory).into_iter().filter_map(|id| load(directory, &id)))
+        .collect()
 }
 
 /// The containers that have a directory there.

@@ -38,7 +38,11 @@ pub fn parse(state: &str) -> Result<Container, String> {
         start_time: state.init_process_start,
         // The empty name is the unified hierarchy; others are those of cgroup v1.
         cgroup: state.cgroup_paths.remove("").filter(|path| !path.is_empty()),
-        annotations: labels.iter().filter_map(|label| label.split_once('=')).map(|(key, value)| (key.into(), value.into())).collect(),
+        annotations: labels
+            .iter()
+            .filter_map(|label| label.split_once('='))
+            .map(|(key, value)| (key.into(), value.into()))
+            .collect(),
     })
 }
 

@@ -52,7 +52,8 @@ fn real_state_files_of_each_runtime_and_release() {
 
 #[test]
 fn state_without_a_cgroup_or_annotations_is_no_error() {
-    let state = runc::parse(r#"{"id":"x","init_process_pid":1,"init_process_start":2,"config":{"labels":null}}"#).unwrap();
+    let state =
+        runc::parse(r#"{"id":"x","init_process_pid":1,"init_process_start":2,"config":{"labels":null}}"#).unwrap();
     assert_eq!((state.cgroup, state.annotations.len()), (None, 0));
     let state = crun::parse("x", r#"{"pid":1,"process-start-time":2,"cgroup-path":""}"#, "{}").unwrap();
     assert_eq!((state.cgroup, state.annotations.len()), (None, 0));

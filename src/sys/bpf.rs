@@ -240,8 +240,9 @@ impl Program {
         // SAFETY: as above, and the log is as long as we say.
         let _ = unsafe { bpf_fd(PROG_LOAD, &mut attr) };
         let text = String::from_utf8_lossy(&log);
-        let lines = text.trim_end_matches('\0').lines().filter(|line| !line.is_empty() && !line.starts_with("processed "));
-        match lines.last() {
+        let mut lines =
+            text.trim_end_matches('\0').lines().filter(|line| !line.is_empty() && !line.starts_with("processed "));
+        match lines.next_back() {
             Some(line) => Err(io::Error::new(error.kind(), format!("{error}: verifier: {line}"))),
             None => Err(error),
         }

@@ -53,7 +53,9 @@ impl CgroupRoot {
                 "{} is not the root of the cgroup2 hierarchy but a part of it: run on the host, outside of containers and cgroup namespaces",
                 path.display()
             ),
-            None => "no cgroup2 hierarchy is mounted: mount one with `mount -t cgroup2 none /sys/fs/cgroup/unified`".into(),
+            None => {
+                "no cgroup2 hierarchy is mounted: mount one with `mount -t cgroup2 none /sys/fs/cgroup/unified`".into()
+            }
         }))
     }
 
@@ -136,7 +138,10 @@ mod tests {
     fn the_deepest_cgroup_that_the_state_names() {
         let own = |init: &str, state: &str| own_path(init, Some(state));
         assert_eq!(own("/m.slice/a.scope", "/sys/fs/cgroup/m.slice/a.scope").as_deref(), Some("/m.slice/a.scope"));
-        assert_eq!(own("/m.slice/a.scope/container", "/m.slice/a.scope/container").as_deref(), Some("/m.slice/a.scope/container"));
+        assert_eq!(
+            own("/m.slice/a.scope/container", "/m.slice/a.scope/container").as_deref(),
+            Some("/m.slice/a.scope/container")
+        );
         assert_eq!(own("/m.slice/a.scope/init.scope", "/m.slice/a.scope").as_deref(), Some("/m.slice/a.scope"));
         assert_eq!(own("/", "/m.slice/a.scope"), None);
         assert_eq!(own("/user.slice/x", "/m.slice/a.scope"), None);

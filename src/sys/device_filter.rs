@@ -5,7 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use crate::core::device::{Access, Kind, Number};
-use crate::core::filter_program::{self as program, GRANTS_MAP, KEY_SIZE, LAYOUT, VALUE_SIZE, WITNESS_MAP, WITNESS_SIZE};
+use crate::core::filter_program::{
+    self as program, GRANTS_MAP, KEY_SIZE, LAYOUT, VALUE_SIZE, WITNESS_MAP, WITNESS_SIZE,
+};
 use crate::error::{Error, Result};
 use crate::sys::bpf::{Map, Program, attached};
 use crate::sys::cgroup::{Cgroup, CgroupRoot};
@@ -50,7 +52,8 @@ impl DeviceFilter {
 
     /// [`DeviceFilter::open`] under another program name, to show a hand-over between two builds.
     pub fn open_as(root: &CgroupRoot, name: &str) -> Result<DeviceFilter> {
-        let ours = our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
+        let ours =
+            our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
         for (_, its_name) in ours.iter().filter(|(_, its_name)| its_name == name) {
             if let Some(filter) = adopt(&ours, its_name).map_err(failed("open its maps"))? {
                 return Ok(filter);
@@ -72,7 +75,8 @@ impl DeviceFilter {
 
     /// The filter that is attached, if one is.
     pub fn existing(root: &CgroupRoot) -> Result<Option<DeviceFilter>> {
-        let ours = our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
+        let ours =
+            our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
         ours.iter().find_map(|(_, name)| adopt(&ours, name).transpose()).transpose().map_err(failed("open its maps"))
     }
 
@@ -152,7 +156,10 @@ impl DeviceFilter {
         let names: Vec<String> = programs.iter().filter_map(|p| Some(p.info().ok()?.name)).collect();
         let ours = names.iter().rposition(|name| name.starts_with(program::LIFT_PREFIX));
         let after = match ours {
-            Some(at) => names[at + 1..].iter().map(|name| if name.is_empty() { "(no name)".into() } else { name.clone() }).collect(),
+            Some(at) => names[at + 1..]
+                .iter()
+                .map(|name| if name.is_empty() { "(no name)".into() } else { name.clone() })
+                .collect(),
             None => Vec::new(),
         };
         let entries = match DeviceFilter::existing(root)? {
@@ -171,7 +178,9 @@ impl DeviceFilter {
                 unmark(&cgroup).map_err(Error::host(format!("remove our mark from cgroup {path}")))?;
             }
         }
-        for (lift, _) in our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))? {
+        for (lift, _) in
+            our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?
+        {
             lift.detach(root.as_fd()).map_err(failed("detach its program from the cgroup root"))?;
         }
         Ok(())

@@ -17,8 +17,11 @@ pub const NEEDED: [(Capability, &str); 8] = [
 ];
 
 /// Inodes of the initial namespaces (include/linux/proc_ns.h).
-const INITIAL: [(&str, u64, &str); 3] =
-    [("user", 0xEFFF_FFFD, "user namespace"), ("pid", 0xEFFF_FFFC, "process namespace"), ("cgroup", 0xEFFF_FFFB, "cgroup namespace")];
+const INITIAL: [(&str, u64, &str); 3] = [
+    ("user", 0xEFFF_FFFD, "user namespace"),
+    ("pid", 0xEFFF_FFFC, "process namespace"),
+    ("cgroup", 0xEFFF_FFFB, "cgroup namespace"),
+];
 
 /// Facts about the host that decide where nodes may be made.
 #[derive(Debug, Clone, Copy)]
@@ -42,7 +45,9 @@ impl Host {
 pub fn require_fitness() -> Result<()> {
     for (capability, purpose) in NEEDED {
         if !caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false) {
-            return Err(Error::Unfit(format!("{capability} is missing, which is needed {purpose}: run as root, with sudo")));
+            return Err(Error::Unfit(format!(
+                "{capability} is missing, which is needed {purpose}: run as root, with sudo"
+            )));
         }
     }
     for (name, initial, what) in INITIAL {

@@ -23,9 +23,16 @@ pub struct Inside<'a> {
 ///
 /// Refused while the root of the process is the host's: early in a container's start the namespace is new but its root
 /// is not yet, and a node would be made on the host.
-pub fn inside<T: Send>(label: &str, process: &Process, host: Host, work: impl FnOnce(Inside<'_>) -> T + Send) -> Result<T> {
-    let in_container =
-        |what: &str| { let (container, what) = (label.to_owned(), what.to_owned()); move |source: std::io::Error| Error::InContainer { container, what, source } };
+pub fn inside<T: Send>(
+    label: &str,
+    process: &Process,
+    host: Host,
+    work: impl FnOnce(Inside<'_>) -> T + Send,
+) -> Result<T> {
+    let in_container = |what: &str| {
+        let (container, what) = (label.to_owned(), what.to_owned());
+        move |source: std::io::Error| Error::InContainer { container, what, source }
+    };
     let exited = || Error::ContainerExited(label.to_owned());
     let path = format!("/proc/{}/root", process.pid);
     let root = match open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {

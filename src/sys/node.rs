@@ -6,8 +6,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Uid, chownat, fstat, fstatfs, fstatvfs,
-    makedev, major, minor, mkdirat, mknodat, openat, openat2, renameat, renameat_with, statat, unlinkat,
+    AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Uid, chownat, fstat,
+    fstatfs, fstatvfs, major, makedev, minor, mkdirat, mknodat, openat, openat2, renameat, renameat_with, statat,
+    unlinkat,
 };
 use rustix::io::Errno;
 use thiserror::Error;
@@ -120,7 +121,9 @@ fn make_in(
     match &found {
         Some(_) if same => return Ok(false),
         Some(stat) if number_of(stat).is_some() && !replace => {
-            return Err(NodeError::Refused(format!("{path} is already the node of another device: name another destination")));
+            return Err(NodeError::Refused(format!(
+                "{path} is already the node of another device: name another destination"
+            )));
         }
         Some(stat) if number_of(stat).is_none() => {
             return Err(NodeError::Refused(format!(
@@ -164,7 +167,11 @@ fn own(directory: &OwnedFd, name: &str, number: Number, node: &Node) -> Result<(
 
 /// Opens a directory below the container's root. With `made`, missing ones are made and their paths pushed; without,
 /// a missing one is `None`.
-fn open_directory(inside: Inside<'_>, path: &str, mut made: Option<&mut Vec<String>>) -> Result<Option<OwnedFd>, NodeError> {
+fn open_directory(
+    inside: Inside<'_>,
+    path: &str,
+    mut made: Option<&mut Vec<String>>,
+) -> Result<Option<OwnedFd>, NodeError> {
     let mut at = resolve(inside, "/")?.expect("the root is there");
     let mut so_far = String::new();
     if path != "/"
@@ -184,7 +191,8 @@ fn open_directory(inside: Inside<'_>, path: &str, mut made: Option<&mut Vec<Stri
                         Err(Errno::EXIST) => {}
                         Err(errno) => return Err(NodeError::failed(format!("make the directory {below}"))(errno)),
                     }
-                    resolve(inside, &below)?.ok_or_else(|| NodeError::Refused(format!("{below} vanished while it was made")))?
+                    resolve(inside, &below)?
+                        .ok_or_else(|| NodeError::Refused(format!("{below} vanished while it was made")))?
                 }
             };
             so_far = below;
@@ -209,9 +217,9 @@ fn resolve(inside: Inside<'_>, path: &str) -> Result<Option<OwnedFd>, NodeError>
             Err(Errno::LOOP) => Err(NodeError::Refused(format!(
                 "{path} is or contains a symbolic link inside the container, which is not followed: give the real path"
             ))),
-            Err(Errno::NOTDIR) => {
-                Err(NodeError::Refused(format!("{path} is not a directory inside the container: name another destination")))
-            }
+            Err(Errno::NOTDIR) => Err(NodeError::Refused(format!(
+                "{path} is not a directory inside the container: name another destination"
+            ))),
             Err(errno) => Err(NodeError::failed(format!("open {path}"))(errno)),
         };
     }
@@ -220,16 +228,23 @@ fn resolve(inside: Inside<'_>, path: &str) -> Result<Option<OwnedFd>, NodeError>
 
 /// A node is of use only where the file system takes it and lets it be opened.
 fn check_file_system(directory: &OwnedFd, path: &str) -> Result<(), NodeError> {
-    let kind = fstatfs(directory).map_err(NodeError::failed(format!("look at the file system of {path}")))?.f_type as u64;
+    let kind =
+        fstatfs(directory).map_err(NodeError::failed(format!("look at the file system of {path}")))?.f_type as u64;
     if KERNEL_FILE_SYSTEMS.contains(&kind) {
-        return Err(NodeError::Refused(format!("{path} is a file system of the kernel's, where no node can be: name another destination")));
+        return Err(NodeError::Refused(format!(
+            "{path} is a file system of the kernel's, where no node can be: name another destination"
+        )));
     }
     let flags = fstatvfs(directory).map_err(NodeError::failed(format!("look at the mount of {path}")))?.f_flag;
     if flags.contains(StatVfsMountFlags::NODEV) {
-        return Err(NodeError::Refused(format!("{path} is mounted nodev, so no device can be opened there: name another destination")));
+        return Err(NodeError::Refused(format!(
+            "{path} is mounted nodev, so no device can be opened there: name another destination"
+        )));
     }
     if flags.contains(StatVfsMountFlags::RDONLY) {
-        return Err(NodeError::Refused(format!("{path} is mounted read-only: name a destination on a writable file system")));
+        return Err(NodeError::Refused(format!(
+            "{path} is mounted read-only: name a destination on a writable file system"
+        )));
     }
     Ok(())
 }

@@ -40,7 +40,8 @@ impl Process {
     /// Path below the cgroup2 root, and below the root of the cgroup v1 `devices` hierarchy where there is one.
     pub fn cgroups(&self) -> procfs::ProcResult<(String, Option<String>)> {
         let all = procfs::process::Process::new(self.pid as i32)?.cgroups()?;
-        let of = |test: &dyn Fn(&procfs::ProcessCGroup) -> bool| all.0.iter().find(|c| test(c)).map(|c| c.pathname.clone());
+        let of =
+            |test: &dyn Fn(&procfs::ProcessCGroup) -> bool| all.0.iter().find(|c| test(c)).map(|c| c.pathname.clone());
         let unified = of(&|c| c.hierarchy == 0).unwrap_or_else(|| "/".into());
         Ok((unified, of(&|c| c.controllers.iter().any(|name| name == "devices"))))
     }

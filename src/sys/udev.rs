@@ -60,7 +60,8 @@ pub fn is_present(device: &Identity) -> bool {
 fn identity(devpath: &str) -> Option<Identity> {
     let directory = format!("/sys{devpath}");
     let inode = stat(&directory).ok()?.st_ino;
-    let diskseq = std::fs::read_to_string(format!("{directory}/diskseq")).ok().and_then(|text| text.trim().parse().ok());
+    let diskseq =
+        std::fs::read_to_string(format!("{directory}/diskseq")).ok().and_then(|text| text.trim().parse().ok());
     Some(Identity { devpath: devpath.to_owned(), inode, diskseq })
 }
 

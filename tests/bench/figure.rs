@@ -23,7 +23,15 @@ impl Figure {
     pub fn print(&self) {
         let at = |part: f64| text(self.times[((self.times.len() - 1) as f64 * part).round() as usize]);
         let name = self.name;
-        println!("{name:<56} {:>9} {:>9} {:>9} {:>9} {:>5}  {}", at(0.5), at(0.9), at(0.99), at(1.0), self.times.len(), self.target);
+        println!(
+            "{name:<56} {:>9} {:>9} {:>9} {:>9} {:>5}  {}",
+            at(0.5),
+            at(0.9),
+            at(0.99),
+            at(1.0),
+            self.times.len(),
+            self.target
+        );
     }
 }
 

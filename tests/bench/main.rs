@@ -103,7 +103,8 @@ fn agent_share(log: &str) -> Vec<Duration> {
     grants
         .filter_map(|line| {
             let (_, rest) = line.rsplit_once("micros")?;
-            let digits: String = rest.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
+            let digits: String =
+                rest.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
             Some(Duration::from_micros(digits.parse().ok()?))
         })
         .collect()

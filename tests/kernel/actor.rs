@@ -158,7 +158,9 @@ pub fn become_if_asked() {
         let answer = match words[..] {
             ["hello"] => "hello".to_owned(),
             ["open", how, path] => errno(try_open(how, path)),
-            ["mknod", kind, major, minor, path] => errno(try_mknod(kind, major.parse().unwrap(), minor.parse().unwrap(), path)),
+            ["mknod", kind, major, minor, path] => {
+                errno(try_mknod(kind, major.parse().unwrap(), minor.parse().unwrap(), path))
+            }
             ["stop"] => {
                 running.store(false, Ordering::Relaxed);
                 let tallies: Vec<Tally> = background.drain(..).map(|thread| thread.join().unwrap()).collect();
@@ -189,11 +191,15 @@ fn in_background(words: &[&str]) -> Box<dyn FnMut(&mut Tally) + Send> {
     match words[0].as_str() {
         "hammer" => Box::new(move |tally| tally.count(try_open(&words[1], &words[2]))),
         // Two names change places.
-        "swap" => Box::new(move |tally| tally.count(renameat_with(CWD, &*words[1], CWD, &*words[2], RenameFlags::EXCHANGE))),
+        "swap" => {
+            Box::new(move |tally| tally.count(renameat_with(CWD, &*words[1], CWD, &*words[2], RenameFlags::EXCHANGE)))
+        }
         // A node under its temporary name is replaced by a link to something else, and so is whatever stands there.
         "ambush" => Box::new(move |tally| {
             for entry in std::fs::read_dir(&words[1]).into_iter().flatten().flatten() {
-                if entry.file_name().to_string_lossy().starts_with(".qm-hotplug.") && std::fs::remove_file(entry.path()).is_ok() {
+                if entry.file_name().to_string_lossy().starts_with(".qm-hotplug.")
+                    && std::fs::remove_file(entry.path()).is_ok()
+                {
                     tally.count(symlink(&words[2], entry.path()).map_err(|_| Errno::EXIST));
                 }
             }

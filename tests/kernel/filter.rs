@@ -22,7 +22,10 @@ pub const TESTS: &[(&str, fn())] = &[
     ("filter::other_cgroups_stay_as_they_were", other_cgroups_stay_as_they_were),
     ("filter::the_host_stays_as_it_was", the_host_stays_as_it_was),
     ("filter::a_right_held_anyway_is_not_taken", a_right_held_anyway_is_not_taken),
-    ("filter::level_31_is_reached_and_level_32_is_known_as_too_deep", level_31_is_reached_and_level_32_is_known_as_too_deep),
+    (
+        "filter::level_31_is_reached_and_level_32_is_known_as_too_deep",
+        level_31_is_reached_and_level_32_is_known_as_too_deep,
+    ),
     ("filter::entries_are_listed", entries_are_listed),
     ("filter::a_full_map_says_so_and_keeps_what_it_has", a_full_map_says_so_and_keeps_what_it_has),
 ];
@@ -114,7 +117,8 @@ fn the_host_stays_as_it_was() {
         stage.filter.set(cgroup.id(), NULL, Access::READ).unwrap();
         assert_eq!(actor.open("r", &null), Ok(()));
         assert_eq!((outside(&null), outside(&absent)), (Ok(()), NO_DRIVER), "a narrow grant narrows nobody else");
-        let (ours, others): (Vec<_>, Vec<_>) = programs(root.as_fd()).into_iter().partition(|(_, name)| name.starts_with("qmhp"));
+        let (ours, others): (Vec<_>, Vec<_>) =
+            programs(root.as_fd()).into_iter().partition(|(_, name)| name.starts_with("qmhp"));
         assert_eq!((ours.len(), others), (1, before.clone()));
     }
     DeviceFilter::release(&root).unwrap();

@@ -30,7 +30,10 @@ fn isolated(test: fn()) -> Result<(), libtest_mimic::Failed> {
     qm_hotplug::sys::device_filter::DeviceFilter::release(&root).unwrap();
     support::assert_nothing_left();
     result.map_err(|panic| {
-        let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        let text = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
         text.unwrap_or_else(|| "panicked".into()).into()
     })
 }

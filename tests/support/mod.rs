@@ -22,10 +22,13 @@ pub const BINARY: &str = env!("CARGO_BIN_EXE_qm-hotplug");
 /// The device filter is one for the whole kernel, so only one such test program runs at a time.
 pub fn enter() {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("this tier needs root: it makes cgroups, namespaces, device nodes and BPF programs; run it with sudo");
+        eprintln!(
+            "this tier needs root: it makes cgroups, namespaces, device nodes and BPF programs; run it with sudo"
+        );
         std::process::exit(1);
     }
-    let lock = File::create("/run/lock/qm-hotplug-tests").or_else(|_| File::create("/tmp/qm-hotplug-tests.lock")).unwrap();
+    let lock =
+        File::create("/run/lock/qm-hotplug-tests").or_else(|_| File::create("/tmp/qm-hotplug-tests.lock")).unwrap();
     flock(&lock, FlockOperation::LockExclusive).unwrap();
     std::mem::forget(lock);
     let none = None::<&str>;
@@ -116,8 +119,13 @@ impl Agent {
     pub fn start() -> Agent {
         let log = std::env::temp_dir().join(format!("qm-hotplug-agent-{}.log", std::process::id()));
         let stderr = File::options().create(true).append(true).open(&log).unwrap();
-        let mut child =
-            Command::new(BINARY).arg("agent").stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
+        let mut child = Command::new(BINARY)
+            .arg("agent")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
         wait_for("the agent's socket", || {
             assert!(child.try_wait().unwrap().is_none(), "the agent ended: {}", read(&log));
             qm(&["status", "--json"]).stdout.contains("\"agent\":true")
@@ -167,7 +175,12 @@ pub fn assert_nothing_left() {
     use std::os::fd::AsFd;
     let root = CgroupRoot::find().unwrap();
     let names = |fd: std::os::fd::BorrowedFd<'_>| -> Vec<String> {
-        bpf::attached(fd).unwrap().iter().map(|p| p.info().unwrap().name).filter(|name| name.starts_with("qmhp")).collect()
+        bpf::attached(fd)
+            .unwrap()
+            .iter()
+            .map(|p| p.info().unwrap().name)
+            .filter(|name| name.starts_with("qmhp"))
+            .collect()
     };
     assert_eq!(names(root.as_fd()), [""; 0], "programs at the root");
     for path in root.walk() {

@@ -13,8 +13,15 @@ use super::{Said, run};
 pub const RUNTIMES: [&str; 2] = ["runc", "crun"];
 
 /// What runs here without CAP_SYS_RESOURCE.
-const MODEST: [&str; 7] =
-    ["--security-opt", "seccomp=unconfined", "--pids-limit=-1", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"];
+const MODEST: [&str; 7] = [
+    "--security-opt",
+    "seccomp=unconfined",
+    "--pids-limit=-1",
+    "--ulimit",
+    "nofile=1024:1024",
+    "--ulimit",
+    "nproc=1024:1024",
+];
 
 /// A container that is removed when dropped.
 pub struct Container {
