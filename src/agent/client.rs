@@ -28,6 +28,11 @@ pub fn call<T: DeserializeOwned>(request: &Request) -> Result<Option<T>> {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
             return Ok(None);
         }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(Error::Unfit(
+                "talking to the agent and changing containers needs root: run it with sudo".into(),
+            ));
+        }
         Err(error) => return Err(Error::host(format!("connect to the agent at {}", path.display()))(error)),
     };
     let talk = || Error::host::<io::Error>(format!("talk to the agent at {}", path.display()));

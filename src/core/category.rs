@@ -7,7 +7,7 @@ use crate::core::device::{Device, Kind};
 pub struct Category {
     /// The last part of the annotation, `ttyUSB`.
     pub name: &'static str,
-    /// Patterns on the node's path, see [`pattern_matches`].
+    /// Patterns on the node's path. They may end in `#` (a number), `[a-b]` (one character) or `/**` (all below).
     pub patterns: &'static [&'static str],
 }
 

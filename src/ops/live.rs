@@ -28,18 +28,24 @@ pub fn lookup_running(reference: &Reference) -> Result<Container> {
     lookup(&runtime::scan(), reference)
 }
 
-/// `pid:N`: the known container whose init it is, else the process itself.
+/// `pid:N`: the known container that the process is in, else the process itself.
 fn of_process(containers: &[Container], pid: u32) -> Result<Container> {
     let name = format!("pid:{pid}");
     let process = Process::open(pid).ok_or_else(|| Error::NoSuchContainer(name.clone()))?;
-    if let Some(known) = containers.iter().find(|container| container.pid == pid) {
-        return Ok(known.clone());
-    }
-    if process.shares_host_mounts().map_err(Error::host(format!("look at the mount namespace of process {pid}")))? {
+    let looked = |error| Error::host::<std::io::Error>(format!("look at the mount namespace of process {pid}"))(error);
+    if process.shares_host_mounts().map_err(looked)? {
         return Err(Error::Refused {
             container: name,
             reason: "it is in the host's mount namespace, so it is no container: name a process inside one".into(),
         });
+    }
+    let namespace = process.mount_namespace().map_err(looked)?;
+    let is_in = |container: &&Container| {
+        let init = Process::open_same(container.pid, container.start_time);
+        init.and_then(|init| init.mount_namespace().ok()).is_some_and(|its| its == namespace)
+    };
+    if let Some(known) = containers.iter().find(is_in) {
+        return Ok(known.clone());
     }
     Ok(Container {
         id: name,

@@ -43,8 +43,7 @@ impl Store {
 
     /// Reads the ledger without the lock, for a look.
     pub fn peek(run: &Path) -> Result<Vec<Entry>> {
-        let directory = run.join("ledger");
-        if directory.exists() { read_pages(&directory) } else { Ok(Vec::new()) }
+        read_pages(&run.join("ledger"))
     }
 
     /// All entries.
@@ -108,16 +107,22 @@ impl Store {
     }
 }
 
-/// Ids are file names, but for `pid:N` and whatever a runtime may allow one day.
+/// Ids are file names, but for `pid:N` and whatever a runtime may allow one day: those bytes are written as `%XX`.
 fn file_name(id: &str) -> String {
-    let plain: String =
-        id.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
-    format!("c-{plain}.json")
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let escaped =
+        id.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") });
+    format!("c-{}.json", escaped.collect::<String>())
 }
 
 fn read_pages(directory: &Path) -> Result<Vec<Entry>> {
     let mut entries = Vec::new();
-    for file in fs::read_dir(directory).map_err(Error::host(format!("read {}", directory.display())))?.flatten() {
+    let files = match fs::read_dir(directory) {
+        Ok(files) => files,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(entries),
+        Err(error) => return Err(Error::host(format!("read the ledger {}", directory.display()))(error)),
+    };
+    for file in files.flatten() {
         let path = file.path();
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
@@ -141,4 +146,53 @@ fn parse(text: &[u8]) -> std::result::Result<Page, String> {
         return Err(format!("it has version {}, this program writes version {VERSION}", page.version));
     }
     Ok(page)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::device::Access;
+    use crate::core::ledger::{Granted, Node, Origin};
+    use crate::core::plan::tests::{device, holder};
+
+    fn entry(id: &str, path: &str) -> Entry {
+        let mut holder = holder(1);
+        holder.id = id.into();
+        let node = Node { path: path.into(), uid: 0, gid: 20, mode: 0o660 };
+        let device = Granted::from(&device("/dev/ttyUSB0", 188, 0));
+        let grant = Grant { holder, device, access: Access::ALL, node, origin: Origin::Manual };
+        Entry { grant, placement: Placement::Pending, left_over: None }
+    }
+
+    #[test]
+    fn what_is_recorded_is_there_after_reopening_and_what_is_forgotten_is_not() {
+        let run = tempfile::tempdir().unwrap();
+        let entries = [entry("a", "/dev/x"), entry("a", "/dev/y"), entry("pid:7", "/dev/x"), entry("pid_7", "/dev/x")];
+        let mut store = Store::open(run.path()).unwrap().unwrap();
+        entries.iter().for_each(|entry| store.record(entry.clone()).unwrap());
+        assert!(Store::open(run.path()).unwrap().is_none(), "locked");
+        store.settle(&entries[0].grant, Placement::Ours(vec!["/dev/d".into()])).unwrap();
+        store.forget(&entries[1].grant).unwrap();
+        drop(store);
+        let store = Store::open(run.path()).unwrap().unwrap();
+        assert_eq!(store.entries().len(), 3);
+        assert!(store.entries().iter().any(|entry| entry.placement == Placement::Ours(vec!["/dev/d".into()])));
+        assert_eq!(Store::peek(run.path()).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_read_is_set_aside() {
+        let run = tempfile::tempdir().unwrap();
+        Store::open(run.path()).unwrap().unwrap().record(entry("good", "/dev/x")).unwrap();
+        let ledger = run.path().join("ledger");
+        fs::write(ledger.join("c-cut.json"), "{\"version\":1,\"entr").unwrap();
+        fs::write(ledger.join("c-new.json"), "{\"version\":99,\"entries\":[]}").unwrap();
+        assert_eq!(Store::open(run.path()).unwrap().unwrap().entries().len(), 1);
+        assert!(ledger.join("c-cut.bad").exists() && ledger.join("c-new.bad").exists());
+    }
+
+    #[test]
+    fn no_ledger_is_an_empty_one() {
+        assert!(Store::peek(Path::new("/nonexistent/qm-hotplug")).unwrap().is_empty());
+    }
 }

@@ -27,6 +27,7 @@ const F_NO_PREALLOC: u32 = 1;
 const PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const ATTACH_TYPE_CGROUP_DEVICE: u32 = 6;
 const F_ALLOW_MULTI: u32 = 2;
+const F_REPLACE: u32 = 4;
 
 /// `union bpf_attr`, zeroed and longer than any kernel's: BPF_PROG_QUERY of Linux 6.17 writes past a short one.
 #[derive(Clone, Copy)]
@@ -280,6 +281,13 @@ impl Program {
     /// Attaches it to a cgroup's directory, after those that are there. It stays when this process ends.
     pub fn attach(&self, cgroup: BorrowedFd<'_>) -> io::Result<()> {
         let mut attr = self.attachment(cgroup).u32(12, F_ALLOW_MULTI);
+        // SAFETY: no pointers.
+        unsafe { bpf(PROG_ATTACH, &mut attr).map(drop) }
+    }
+
+    /// Attaches it in the place of another one, in one step: never a moment with both or with neither.
+    pub fn replace(&self, cgroup: BorrowedFd<'_>, old: &Program) -> io::Result<()> {
+        let mut attr = self.attachment(cgroup).u32(12, F_ALLOW_MULTI | F_REPLACE).fd(16, old.fd.as_fd());
         // SAFETY: no pointers.
         unsafe { bpf(PROG_ATTACH, &mut attr).map(drop) }
     }

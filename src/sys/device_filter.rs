@@ -54,8 +54,9 @@ impl DeviceFilter {
     pub fn open_as(root: &CgroupRoot, name: &str) -> Result<DeviceFilter> {
         let ours =
             our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
-        for (_, its_name) in ours.iter().filter(|(_, its_name)| its_name == name) {
+        for (at, (_, its_name)) in ours.iter().enumerate().filter(|(_, (_, its_name))| its_name == name) {
             if let Some(filter) = adopt(&ours, its_name).map_err(failed("open its maps"))? {
+                detach_others(root, &ours, at)?;
                 return Ok(filter);
             }
         }
@@ -65,11 +66,14 @@ impl DeviceFilter {
         };
         let lift = Program::load(name, &program::lift(filter.grants.as_raw_fd(), filter.witness.as_raw_fd()))
             .map_err(failed("load its program"))?;
-        // The new one first, then the old ones away: never a moment without.
-        lift.attach(root.as_fd()).map_err(failed("attach its program to the cgroup root"))?;
-        for (old, _) in &ours {
-            old.detach(root.as_fd()).map_err(failed("detach the version before"))?;
+        // In its predecessor's place: never a moment without, and no jump over a program that came after.
+        match ours.first() {
+            Some((old, _)) => {
+                lift.replace(root.as_fd(), old).map_err(failed("replace the version before at the cgroup root"))?
+            }
+            None => lift.attach(root.as_fd()).map_err(failed("attach its program to the cgroup root"))?,
         }
+        detach_others(root, &ours, 0)?;
         Ok(filter)
     }
 
@@ -93,7 +97,10 @@ impl DeviceFilter {
         if access.is_none() {
             return self.grants.remove(&key).map(drop);
         }
-        self.grants.insert(&key, &access.bits().to_ne_bytes())
+        self.grants.insert(&key, &access.bits().to_ne_bytes()).map_err(|error| match error.raw_os_error() {
+            Some(libc::E2BIG) => io::Error::other(format!("its map is full, it takes {MAX_GRANTS} entries")),
+            _ => error,
+        })
     }
 
     /// The rights that the map holds.
@@ -120,16 +127,32 @@ impl DeviceFilter {
         Ok(first.map(|program| program.info()).transpose()?.is_some_and(|info| info.name == program::mark_name()))
     }
 
-    /// Puts our mark into first place on the cgroup, without a moment in which the programs there do not decide: copies
-    /// of them are attached while the originals step aside. The originals come back, so that the runtime that attached
-    /// them can still replace them.
+    /// Puts our mark into first place on the cgroup, without a moment in which the programs there do not decide, and
+    /// without one in which the mark runs after a program that refuses: it would take that refusal for one from below.
+    /// Copies of the programs are attached, the first original is replaced by the mark, and the originals come back, so
+    /// that the runtime that attached them can still replace them. A mark of another version is replaced in its place.
     pub fn mark(&self, cgroup: &Cgroup) -> io::Result<()> {
         if self.is_marked(cgroup)? {
             return Ok(());
         }
-        unmark(cgroup)?;
-        let originals = attached(cgroup.as_fd())?;
         let mark = Program::load(&program::mark_name(), &program::mark(cgroup.level, self.witness.as_raw_fd()))?;
+        let (mut originals, mut marks) = (Vec::new(), Vec::new());
+        for (at, program) in attached(cgroup.as_fd())?.into_iter().enumerate() {
+            if !program.info()?.name.starts_with(program::MARK_PREFIX) {
+                originals.push(program);
+            } else if at == 0 {
+                mark.replace(cgroup.as_fd(), &program)?;
+            } else {
+                marks.push(program);
+            }
+        }
+        for stale in marks {
+            stale.detach(cgroup.as_fd())?;
+        }
+        if self.is_marked(cgroup)? {
+            return Ok(());
+        }
+        let Some(first) = originals.first() else { return mark.attach(cgroup.as_fd()) };
         let copies = originals.iter().map(Program::copy).collect::<io::Result<Vec<_>>>()?;
         let mut done = Vec::new();
         let result = step_aside(cgroup.as_fd(), &mark, &originals, &copies, &mut done);
@@ -138,6 +161,7 @@ impl DeviceFilter {
                 // Best effort: the copies stay attached until their originals are back, so nothing is opened.
                 let _ = match undo {
                     Done::Attached(program) => program.detach(cgroup.as_fd()),
+                    Done::Replaced => first.replace(cgroup.as_fd(), &mark),
                     Done::Detached(program) => program.attach(cgroup.as_fd()),
                 };
             }
@@ -189,12 +213,14 @@ impl DeviceFilter {
 
 enum Done<'a> {
     Attached(&'a Program),
+    /// The mark has taken the place of the first original.
+    Replaced,
     Detached(&'a Program),
 }
 
 fn step_aside<'a>(
     cgroup: BorrowedFd<'_>,
-    mark: &'a Program,
+    mark: &Program,
     originals: &'a [Program],
     copies: &'a [Program],
     done: &mut Vec<Done<'a>>,
@@ -212,15 +238,25 @@ fn step_aside<'a>(
     for copy in copies {
         attach(copy, done)?;
     }
-    for original in originals {
+    let (first, others) = originals.split_first().expect("there is one");
+    mark.replace(cgroup, first)?;
+    done.push(Done::Replaced);
+    for original in others {
         detach(original, done)?;
     }
-    attach(mark, done)?;
     for original in originals {
         attach(original, done)?;
     }
     for copy in copies {
         detach(copy, done)?;
+    }
+    Ok(())
+}
+
+/// One version of ours is enough: others are left by a hand-over that was interrupted.
+fn detach_others(root: &CgroupRoot, ours: &[(Program, String)], kept: usize) -> Result<()> {
+    for (_, (old, _)) in ours.iter().enumerate().filter(|(at, _)| *at != kept) {
+        old.detach(root.as_fd()).map_err(failed("detach the version before"))?;
     }
     Ok(())
 }

@@ -46,15 +46,19 @@ impl Process {
         Ok((unified, of(&|c| c.controllers.iter().any(|name| name == "devices"))))
     }
 
+    /// What tells its mount namespace from others: device and inode of `/proc/PID/ns/mnt`.
+    pub fn mount_namespace(&self) -> std::io::Result<(u64, u64)> {
+        mount_namespace(&self.pid.to_string())
+    }
+
     /// Whether it runs in the mount namespace of this process or of process 1, that is: not in a container.
     pub fn shares_host_mounts(&self) -> std::io::Result<bool> {
-        let of = |pid: &str| rustix::fs::stat(format!("/proc/{pid}/ns/mnt")).map(|s| (s.st_dev, s.st_ino));
         if self.pid == 1 {
             return Ok(true);
         }
-        let its = of(&self.pid.to_string())?;
+        let its = self.mount_namespace()?;
         // Process 1 may be out of our sight (a hardened host); our own namespace is always readable.
-        Ok([of("self"), of("1")].into_iter().flatten().any(|ours| ours == its))
+        Ok(["self", "1"].into_iter().filter_map(|pid| mount_namespace(pid).ok()).any(|ours| ours == its))
     }
 
     /// Whether it has a user namespace other than ours.
@@ -62,6 +66,10 @@ impl Process {
         let of = |pid: &str| rustix::fs::stat(format!("/proc/{pid}/ns/user")).map(|s| s.st_ino);
         Ok(of(&self.pid.to_string())? != of("self")?)
     }
+}
+
+fn mount_namespace(pid: &str) -> std::io::Result<(u64, u64)> {
+    Ok(rustix::fs::stat(format!("/proc/{pid}/ns/mnt")).map(|stat| (stat.st_dev, stat.st_ino))?)
 }
 
 impl AsFd for Process {

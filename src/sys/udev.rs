@@ -38,8 +38,8 @@ pub fn by_path(path: &str) -> Result<Device> {
         Kind::Char => udev::DeviceType::Character,
         Kind::Block => udev::DeviceType::Block,
     };
-    let gone = |_| Error::NoSuchDevice(path.into());
-    let known = udev::Device::from_devnum(kind, rustix::fs::makedev(number.major, number.minor)).map_err(gone)?;
+    let unknown = |_| Error::NotADevice { path: path.into(), what: "a node that /sys knows no device for" };
+    let known = udev::Device::from_devnum(kind, rustix::fs::makedev(number.major, number.minor)).map_err(unknown)?;
     // The node that was named has the owner and mode that count, even if it is a second one for the same device.
     let mut device = owned(&known).ok_or_else(|| Error::NoSuchDevice(path.into()))?;
     (device.uid, device.gid, device.mode) = (stat.st_uid, stat.st_gid, stat.st_mode & 0o777);
