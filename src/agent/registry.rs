@@ -71,7 +71,7 @@ impl Registry {
         let holder = match rules.is_empty() {
             true => None,
             false => match hold(cgroups, &container) {
-                Ok((holder, _)) => Some(holder),
+                Ok(holder) => Some(holder),
                 Err(Error::ContainerExited(_)) => return false,
                 Err(error) => {
                     tracing::warn!(container = container.label(), "nothing can be granted for now: {}", error.chain());

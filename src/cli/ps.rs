@@ -60,7 +60,7 @@ pub(super) fn run(args: Args) -> Result<()> {
 fn info(cgroups: &CgroupRoot, container: Container) -> ContainerInfo {
     let held = hold(cgroups, &container);
     ContainerInfo {
-        cgroup: held.as_ref().ok().map(|(holder, _)| holder.cgroup.clone()),
+        cgroup: held.as_ref().ok().map(|holder| holder.cgroup.clone()),
         problem: held.err().map(|error| error.chain()),
         asks: rules_of(&container.annotations).iter().map(|rule| rule.category.name).collect(),
         name: container.name,

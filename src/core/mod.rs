@@ -13,3 +13,24 @@ pub mod protocol;
 pub mod spec;
 pub mod text;
 pub mod uevent;
+
+#[cfg(test)]
+mod tests {
+    /// The direction of imports that `lib.rs` promises: the core knows nothing of the rest.
+    #[test]
+    fn the_core_imports_only_itself() {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/src/core");
+        for file in std::fs::read_dir(directory).unwrap() {
+            let path = file.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//")) {
+                let ours = line.split("crate::").skip(1).all(|rest| rest.starts_with("core"));
+                let systems = ["rustix", "nix::", "libc::", "std::fs", "std::process", "std::time"];
+                let own_lines = path.ends_with("mod.rs");
+                let is_pure = own_lines || !systems.iter().any(|name| line.contains(name));
+                assert!(ours || own_lines, "{}:{}: {line}", path.display(), number + 1);
+                assert!(is_pure, "{}:{}: {line}", path.display(), number + 1);
+            }
+        }
+    }
+}

@@ -3,8 +3,7 @@
 use crate::core::container::{Container, Lookup, Reference, Runtime, find};
 use crate::core::ledger::Holder;
 use crate::error::{Error, Result};
-use crate::runtime;
-use crate::sys::cgroup::{Cgroup, CgroupRoot, own_path};
+use crate::sys::cgroup::{CgroupRoot, own_path};
 use crate::sys::process::Process;
 
 /// Finds the container that `reference` names among those given.
@@ -21,11 +20,6 @@ pub fn lookup(containers: &[Container], reference: &Reference) -> Result<Contain
             candidates: several.iter().map(|c| format!("{} ({})", c.id, c.label())).collect(),
         }),
     }
-}
-
-/// [`lookup`] among the containers that run now.
-pub fn lookup_running(reference: &Reference) -> Result<Container> {
-    lookup(&runtime::scan(), reference)
 }
 
 /// `pid:N`: the known container that the process is in, else the process itself.
@@ -59,7 +53,7 @@ fn of_process(containers: &[Container], pid: u32) -> Result<Container> {
 }
 
 /// Checks that a container can be worked on, and finds its own cgroup.
-pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<(Holder, Cgroup)> {
+pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<Holder> {
     let label = container.label().to_owned();
     let refuse = |reason: String| Error::Refused { container: label.clone(), reason };
     let process =
@@ -104,7 +98,7 @@ pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<(Holder, Cgro
     if process.has_exited() {
         return Err(Error::ContainerExited(label));
     }
-    Ok((Holder::new(container, &path, cgroup.id), cgroup))
+    Ok(Holder::new(container, &path, cgroup.id))
 }
 
 /// Whether a process in the host's mount namespace is in this very cgroup: the cgroup is not the container's own then.

@@ -151,9 +151,15 @@ impl Executor {
     }
 
     fn allow(&mut self, holder: &Holder, number: Number, access: Access) -> Result<()> {
-        self.filter()?
-            .set(holder.cgroup_id, number, access)
-            .map_err(in_container(holder.label(), format!("change the rights on {number} in the device filter")))
+        let mut result = self.filter()?.set(holder.cgroup_id, number, access);
+        if let Err(error) = &result
+            && error.kind() == std::io::ErrorKind::ArgumentListTooLong
+            && let Some(filter) = self.filter.take()
+        {
+            tracing::info!("the device filter's map is full: moving to one of twice the size");
+            result = self.filter.insert(filter.grow(&self.cgroups)?).set(holder.cgroup_id, number, access);
+        }
+        result.map_err(in_container(holder.label(), format!("change the rights on {number} in the device filter")))
     }
 
     fn make_node(&mut self, grant: &Grant) -> Result<Placement> {

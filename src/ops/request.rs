@@ -20,7 +20,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         .map_err(|reason| Error::BadDestination { path: request.destination.clone(), reason })?;
     let container = lookup(containers, &reference)?;
     let device = udev::by_path(&request.device)?;
-    let (holder, _cgroup) = hold(&executor.cgroups, &container)?;
+    let holder = hold(&executor.cgroups, &container)?;
     let node = Node {
         path,
         uid: request.uid.unwrap_or(device.uid),

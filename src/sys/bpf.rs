@@ -139,6 +139,11 @@ impl Map {
         (self.key_size, self.value_size)
     }
 
+    /// How many entries it takes.
+    pub fn capacity(&self) -> io::Result<u32> {
+        Ok(info(self.fd.as_fd(), Info::new())?.u32(16))
+    }
+
     /// Inserts or overwrites. E2BIG: the map is full.
     pub fn insert(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
         assert_eq!((key.len(), value.len()), (self.key_size, self.value_size), "sizes of this map");

@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 use crate::sys::bpf::{Map, Program, attached};
 use crate::sys::cgroup::{Cgroup, CgroupRoot};
 
-/// Entries that the map of grants takes.
-const MAX_GRANTS: u32 = 65_536;
+/// Entries that the map of grants takes at first; a full one is doubled.
+const CAPACITY: u32 = 65_536;
 
 /// The filter in force on this host.
 #[derive(Debug)]
@@ -62,19 +62,42 @@ impl DeviceFilter {
         }
         let filter = match ours.iter().find_map(|(_, name)| adopt(&ours, name).transpose()) {
             Some(adopted) => adopted.map_err(failed("open the maps of the version before"))?,
-            None => DeviceFilter::create().map_err(failed("create its maps"))?,
+            None => DeviceFilter::create(CAPACITY).map_err(failed("create its maps"))?,
         };
-        let lift = Program::load(name, &program::lift(filter.grants.as_raw_fd(), filter.witness.as_raw_fd()))
+        filter.take_over(root, name, &ours)?;
+        Ok(filter)
+    }
+
+    /// Loads the program over these maps and puts it in the place of those of ours that are attached, or behind all
+    /// others where there is none. At no moment is there none of ours.
+    fn take_over(&self, root: &CgroupRoot, name: &str, ours: &[(Program, String)]) -> Result<()> {
+        let lift = Program::load(name, &program::lift(self.grants.as_raw_fd(), self.witness.as_raw_fd()))
             .map_err(failed("load its program"))?;
-        // In its predecessor's place: never a moment without, and no jump over a program that came after.
         match ours.first() {
-            Some((old, _)) => {
-                lift.replace(root.as_fd(), old).map_err(failed("replace the version before at the cgroup root"))?
-            }
+            // In place: a program of others that runs after ours keeps the last word.
+            Some((old, _)) => lift.replace(root.as_fd(), old).map_err(failed("replace the version before"))?,
             None => lift.attach(root.as_fd()).map_err(failed("attach its program to the cgroup root"))?,
         }
-        detach_others(root, &ours, 0)?;
-        Ok(filter)
+        detach_others(root, ours, 0)
+    }
+
+    /// Moves to a map of twice the size, with all entries, without a moment in which a grant does not hold.
+    pub fn grow(self, root: &CgroupRoot) -> Result<DeviceFilter> {
+        let copied = self.grants.capacity().and_then(|capacity| {
+            let grants = create_grants(capacity.saturating_mul(2))?;
+            for key in self.grants.keys()? {
+                if let Some(value) = self.grants.get(&key)? {
+                    grants.insert(&key, &value)?;
+                }
+            }
+            Ok(grants)
+        });
+        // The marks refer to the map of witnesses, which stays.
+        let grown = DeviceFilter { grants: copied.map_err(failed("make its map larger"))?, witness: self.witness };
+        let ours =
+            our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
+        grown.take_over(root, &program::lift_name(), &ours)?;
+        Ok(grown)
     }
 
     /// The filter that is attached, if one is.
@@ -84,23 +107,21 @@ impl DeviceFilter {
         ours.iter().find_map(|(_, name)| adopt(&ours, name).transpose()).transpose().map_err(failed("open its maps"))
     }
 
-    fn create() -> io::Result<DeviceFilter> {
+    fn create(capacity: u32) -> io::Result<DeviceFilter> {
         Ok(DeviceFilter {
-            grants: Map::create_hash(GRANTS_MAP, KEY_SIZE, VALUE_SIZE, MAX_GRANTS)?,
+            grants: create_grants(capacity)?,
             witness: Map::create_percpu_array(WITNESS_MAP, WITNESS_SIZE, 1)?,
         })
     }
 
-    /// Makes these the rights of a cgroup on a device; with none, the entry goes.
+    /// Makes these the rights of a cgroup on a device; with none, the entry goes. E2BIG: the map is full, see
+    /// [`DeviceFilter::grow`].
     pub fn set(&self, cgroup: u64, number: Number, access: Access) -> io::Result<()> {
         let key = key(cgroup, number);
         if access.is_none() {
             return self.grants.remove(&key).map(drop);
         }
-        self.grants.insert(&key, &access.bits().to_ne_bytes()).map_err(|error| match error.raw_os_error() {
-            Some(libc::E2BIG) => io::Error::other(format!("its map is full, it takes {MAX_GRANTS} entries")),
-            _ => error,
-        })
+        self.grants.insert(&key, &access.bits().to_ne_bytes())
     }
 
     /// The rights that the map holds.
@@ -209,6 +230,10 @@ impl DeviceFilter {
         }
         Ok(())
     }
+}
+
+fn create_grants(capacity: u32) -> io::Result<Map> {
+    Map::create_hash(GRANTS_MAP, KEY_SIZE, VALUE_SIZE, capacity)
 }
 
 enum Done<'a> {
