@@ -78,7 +78,9 @@ pub fn changes(desired: &[Grant], observed: &[Entry], unplugged: impl Fn(&Entry)
     let mut kept: Vec<&Grant> = Vec::new();
     let mut changes = Vec::new();
     for entry in observed {
-        if settled(entry) && desired.iter().any(|grant| grant.is_same(&entry.grant)) {
+        // A rule's node follows the host's owner and mode, which udev's rules may set late.
+        let fits = |grant: &&Grant| grant.is_same(&entry.grant) && grant.node == entry.grant.node;
+        if settled(entry) && desired.iter().any(|grant| fits(&grant)) {
             kept.push(&entry.grant);
         } else {
             changes.push(Change::Remove { entry: entry.clone(), unplugged: unplugged(entry) });

@@ -169,6 +169,16 @@ fn a_device_that_comes_back_with_the_same_number_is_another_one() {
 }
 
 #[test]
+fn a_node_whose_owner_or_mode_changed_on_the_host_is_made_anew() {
+    let old = grant(1, 0, 0, 7);
+    let mut new = old.clone();
+    new.node.mode = 0o600;
+    let entry = Entry { grant: old, placement: Placement::Ours(vec![]), left_over: None };
+    let plan = changes(std::slice::from_ref(&new), std::slice::from_ref(&entry), |_| false);
+    assert_eq!(plan, [Change::Remove { entry, unplugged: false }, Change::Add(new)]);
+}
+
+#[test]
 fn what_was_left_half_done_is_taken_back_and_done_again() {
     let wanted = grant(1, 0, 0, 7);
     let entry = Entry { grant: wanted.clone(), placement: Placement::Pending, left_over: None };

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{Mode, OFlags, fstat, open};
+use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::sys::host::Host;
@@ -37,6 +38,8 @@ pub fn inside<T: Send>(
     let path = format!("/proc/{}/root", process.pid);
     let root = match open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
         Ok(root) => root,
+        // A process that is ending has neither root nor namespaces any more, a moment before its end is reported.
+        Err(Errno::NOENT | Errno::SRCH) => return Err(exited()),
         Err(_) if process.has_exited() => return Err(exited()),
         Err(error) => return Err(in_container(&format!("open its root {path}"))(error.into())),
     };
@@ -52,6 +55,7 @@ pub fn inside<T: Send>(
             // A thread that shares its root and umask with others may not change mount namespaces (setns(2)).
             let entered = unshare(CloneFlags::CLONE_FS).and_then(|()| setns(process.as_fd(), CloneFlags::CLONE_NEWNS));
             match entered {
+                Err(nix::errno::Errno::ESRCH) => Err(exited()),
                 Err(_) if process.has_exited() => Err(exited()),
                 Err(error) => Err(in_container("join its mount namespace")(error.into())),
                 // The root was opened by number before: only now it is sure whose it is.

@@ -81,7 +81,11 @@ pub fn remove(inside: Inside<'_>, number: Number, path: &str, directories: &[Str
     let (parent, name) = split(path);
     let mut removed = false;
     // A directory that is gone or became something else holds no node of ours.
-    if let Some(directory) = open_directory(inside, parent, None)?
+    let directory = match open_directory(inside, parent, None) {
+        Err(NodeError::Refused(_)) => None,
+        result => result?,
+    };
+    if let Some(directory) = directory
         && !is_hosts(inside, &directory)?
         && let Some(stat) = look(&directory, name, path)?
         && number_of(&stat) == Some(number)

@@ -20,7 +20,7 @@ pub struct Process {
 impl Process {
     /// Opens the process with this number. `None` if there is none, or if it has ended and was not reaped yet.
     pub fn open(pid: u32) -> Option<Process> {
-        let fd = pidfd_open(Pid::from_raw(pid as i32)?, PidfdFlags::empty()).ok()?;
+        let fd = pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()?;
         let stat = procfs::process::Process::new(pid as i32).and_then(|process| process.stat()).ok()?;
         let process = Process { pid, start_time: stat.starttime, parent: stat.ppid as u32, fd };
         (!process.has_exited() && !matches!(stat.state, 'Z' | 'X')).then_some(process)

@@ -21,9 +21,13 @@ pub fn is_running() -> bool {
     Path::new(UDEVD_CONTROL).exists()
 }
 
-/// Every device of this host that has a node.
+/// Every device of this host that has a node. While udevd runs, those whose rules it has not applied yet are left out:
+/// their owner and mode are not final, and their event is still to come.
 pub fn scan() -> io::Result<Vec<Device>> {
-    Ok(Enumerator::new()?.scan_devices()?.filter_map(|device| owned(&device)).collect())
+    let mut enumerator = Enumerator::new()?;
+    let all = enumerator.scan_devices()?;
+    let has_udevd = is_running();
+    Ok(all.filter(|device| !has_udevd || device.is_initialized()).filter_map(|device| owned(&device)).collect())
 }
 
 /// The device behind a path, links followed.

@@ -1,8 +1,11 @@
 //! The device filter: loading it, changing it, and what an open costs under it.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 
 use qm_hotplug::core::device::{Access, Kind, Number};
+use qm_hotplug::core::filter_program;
+use qm_hotplug::sys::bpf::Program;
 use qm_hotplug::sys::cgroup::CgroupRoot;
 use qm_hotplug::sys::device_filter::DeviceFilter;
 
@@ -13,6 +16,10 @@ pub fn figures() -> Vec<Figure> {
     DeviceFilter::release(&root).unwrap();
     let open = || drop(File::open("/dev/null").unwrap());
     let bare = sample_short(200, 2000, open);
+    let other = Program::load("only_allows", &filter_program::allow()).unwrap();
+    other.attach(root.as_fd()).unwrap();
+    let under_other = sample_short(200, 2000, open);
+    other.detach(root.as_fd()).unwrap();
     let mut load = Vec::new();
     for _ in 0..30 {
         load.extend(sample(1, || drop(DeviceFilter::open(&root).unwrap())));
@@ -32,6 +39,7 @@ pub fn figures() -> Vec<Figure> {
     DeviceFilter::release(&root).unwrap();
     vec![
         Figure::new("open() of an allowed device, no filter of ours", bare, "643 ns here once"),
+        Figure::new("… under one device program that only allows", under_other, ""),
         Figure::new("open() of an allowed device, under the filter", under, "+14 ns"),
         Figure::new("map insert (a grant's right)", insert, "0.4 µs"),
         Figure::new("map delete (a revocation)", remove, ""),
