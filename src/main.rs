@@ -3,27 +3,33 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Parser;
 use qm_hotplug::cli::{Cli, Command, run};
 use qm_hotplug::core::text::printable;
+use qm_hotplug::error::Error;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    start_logging(matches!(cli.command, Command::Agent(_)));
-    match run(cli) {
+    match start() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("qm-hotplug: {}", printable(&error.chain()));
-            ExitCode::from(error.exit_code())
+            eprintln!("qm-hotplug: {}", printable(&format!("{error:#}")));
+            ExitCode::from(error.downcast_ref::<Error>().map_or(1, Error::exit_code))
         }
     }
 }
 
+fn start() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    start_logging(matches!(cli.command, Command::Agent(_))).context("cannot set up logging")?;
+    Ok(run(cli)?)
+}
+
 /// To the journal where systemd connected stderr to it, to stderr elsewhere. `QM_HOTPLUG_LOG` sets the level.
-fn start_logging(is_agent: bool) {
+fn start_logging(is_agent: bool) -> anyhow::Result<()> {
     let level = if is_agent { "info" } else { "warn" };
     let filter = EnvFilter::try_from_env("QM_HOTPLUG_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let registry = tracing_subscriber::registry().with(filter);
@@ -31,9 +37,8 @@ fn start_logging(is_agent: bool) {
         && std::env::var_os("JOURNAL_STREAM").is_some()
         && let Ok(journal) = tracing_journald::layer()
     {
-        registry.with(journal.with_syslog_identifier("qm-hotplug".into())).init();
-        return;
+        return Ok(registry.with(journal.with_syslog_identifier("qm-hotplug".into())).try_init()?);
     }
     let plain = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
-    registry.with(plain.with_ansi(std::io::stderr().is_terminal())).init();
+    Ok(registry.with(plain.with_ansi(std::io::stderr().is_terminal())).try_init()?)
 }

@@ -143,11 +143,11 @@ impl Change {
 }
 
 /// The rights that the ledger's entries give the grant's cgroup on its device, leaving one entry out: two nodes may
-/// stand for one device.
+/// stand for one device. What is left over gives none.
 fn rights(ledger: &[Entry], grant: &Grant, without: Option<&Entry>) -> Access {
     ledger
         .iter()
-        .filter(|entry| Some(*entry) != without)
+        .filter(|entry| Some(*entry) != without && entry.left_over.is_none())
         .filter(|entry| {
             entry.grant.holder.cgroup_id == grant.holder.cgroup_id && entry.grant.device.number == grant.device.number
         })

@@ -58,7 +58,14 @@ pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<Holder> {
     let refuse = |reason: String| Error::Refused { container: label.clone(), reason };
     let process =
         Process::open_same(container.pid, container.start_time).ok_or_else(|| Error::ContainerExited(label.clone()))?;
-    let look = |what: &str| Error::host(format!("look at the {what} of process {}", container.pid));
+    let look = |what: &str| {
+        let (what, label) = (format!("look at the {what} of process {}", container.pid), label.clone());
+        // A process that is ending has no namespaces any more, a moment before its end is reported.
+        move |source: std::io::Error| match source.raw_os_error() {
+            Some(libc::ENOENT | libc::ESRCH) => Error::ContainerExited(label),
+            _ => Error::Host { what, source },
+        }
+    };
     if process.shares_host_mounts().map_err(look("mount namespace"))? {
         return Err(refuse(
             "its init is in the host's mount namespace, so it is no container or is still starting".into(),

@@ -58,7 +58,11 @@ impl Executor {
     pub fn carry_out(&mut self, change: &Change) -> Result<Placement> {
         let mut undo: Vec<Step> = Vec::new();
         let mut placement = Placement::Pending;
+        let mut node_stays = None;
         for step in change.steps(self.ledger.entries()) {
+            if node_stays.is_some() && matches!(step, Step::Unmark(_) | Step::Forget(_)) {
+                break;
+            }
             match self.execute(&step, change) {
                 Ok(Some(made)) => {
                     if let Step::MakeNode(grant) = &step
@@ -69,8 +73,15 @@ impl Executor {
                     placement = made;
                 }
                 Ok(None) => undo.push(step.inverse()),
+                // A container that keeps its node (it made its /dev read-only, say) does not keep the right.
+                Err(first) if matches!((&step, change), (Step::RemoveNode { .. }, Change::Remove { .. })) => {
+                    node_stays = Some(first);
+                }
                 Err(first) => return Err(self.take_back(undo, change, first)),
             }
+        }
+        if let Some(first) = node_stays {
+            return Err(self.take_back(undo, change, first));
         }
         if let Change::Add(grant) = change
             && let Err(first) = self.ledger.settle(grant, placement.clone())
@@ -207,7 +218,8 @@ impl Executor {
     pub fn agree_with_ledger(&mut self) {
         let mut expected: BTreeMap<(u64, Number), Access> = BTreeMap::new();
         let mut holders: BTreeMap<u64, Holder> = BTreeMap::new();
-        for entry in self.ledger.entries() {
+        // What is left over has no right any more, at most a node.
+        for entry in self.ledger.entries().iter().filter(|entry| entry.left_over.is_none()) {
             let grant = &entry.grant;
             let rights = expected.entry((grant.holder.cgroup_id, grant.device.number)).or_insert(Access::NONE);
             *rights = rights.union(grant.access);

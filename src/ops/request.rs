@@ -18,6 +18,10 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
     let reference = Reference::parse(&request.container).map_err(Error::Usage)?;
     let path = destination::check(&request.destination)
         .map_err(|reason| Error::BadDestination { path: request.destination.clone(), reason })?;
+    // The command line checks this too; a program that talks to the agent's socket may not.
+    if let Some(mode) = request.mode.filter(|mode| *mode > 0o777) {
+        return Err(Error::Usage(format!("mode {mode:o} is more than permission bits: give at most 777")));
+    }
     let container = lookup(containers, &reference)?;
     let device = udev::by_path(&request.device)?;
     let holder = hold(&executor.cgroups, &container)?;

@@ -189,7 +189,13 @@ fn open_directory(
                 (Some(next), _) => next,
                 (None, None) => return Ok(None),
                 (None, Some(made)) => {
-                    check_file_system(&at, if so_far.is_empty() { "/" } else { &so_far })?;
+                    let above = if so_far.is_empty() { "/" } else { &so_far };
+                    if is_hosts(inside, &at)? {
+                        return Err(NodeError::Refused(format!(
+                            "its {above} is the host's own, where nothing is made: use the path that the device has on the host"
+                        )));
+                    }
+                    check_file_system(&at, above)?;
                     match mkdirat(&at, part, Mode::from_raw_mode(0o755)) {
                         Ok(()) => made.push(below.clone()),
                         Err(Errno::EXIST) => {}

@@ -22,6 +22,9 @@ use qm_hotplug::sys::process::Process;
 use support::podman::{self, Container};
 use support::{Agent, qm, run};
 
+/// Measures something.
+type Part = fn() -> Vec<Figure>;
+
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     if let [_, role, pid, cgroup, path] = &arguments[..]
@@ -31,8 +34,7 @@ fn main() {
     }
     support::enter();
     Figure::print_header();
-    let parts: [(&str, fn() -> Vec<Figure>); 3] =
-        [("filter", filter::figures), ("commands", commands), ("events", events)];
+    let parts: [(&str, Part); 3] = [("filter", filter::figures), ("commands", commands), ("events", events)];
     let named = |name: &str| arguments.iter().any(|argument| argument == name);
     let is_all = !parts.iter().any(|(name, _)| named(name));
     for (_, figures) in parts.iter().filter(|(name, _)| is_all || named(name)) {
