@@ -38,7 +38,11 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == devpath);
     let mut desired: Vec<Grant> = registry.containers.values().flat_map(|known| wanted(known, [&device])).collect();
     // What a person attached stays, as long as it is this very device.
-    let stays = |entry: &&Entry| entry.grant.origin == Origin::Manual && entry.grant.device.identity == device.identity;
+    let stays = |entry: &&Entry| {
+        entry.grant.origin == Origin::Manual
+            && entry.left_over.is_none()
+            && entry.grant.device.identity == device.identity
+    };
     desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
     carry_out(executor, &desired, &observed, is_unplugged, Some(since));
     registry.devices.insert(devpath, device);
@@ -90,8 +94,9 @@ fn is_unplugged(entry: &Entry) -> bool {
     !udev::is_present(&entry.grant.device.identity)
 }
 
+/// What is left over was to go: nobody wants it back.
 fn manual_and_valid(entry: &Entry) -> bool {
-    entry.grant.origin == Origin::Manual && !has_ended(entry) && !is_unplugged(entry)
+    entry.grant.origin == Origin::Manual && entry.left_over.is_none() && !has_ended(entry) && !is_unplugged(entry)
 }
 
 /// Each change by itself: one that fails is logged and does not stop the others.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, fstat, open};
+use rustix::fs::{Mode, OFlags, fstat, fstatfs, open};
 
 use crate::core::filter_program::MAX_LEVELS;
 use crate::error::{Error, Result};
@@ -43,6 +43,10 @@ impl CgroupRoot {
             let path = mount.mount_point.clone();
             let Ok(fd) = open_directory(&path) else { continue };
             let id = fstat(&fd).map_err(Error::host(format!("stat {}", path.display())))?.st_ino;
+            // Another file system may be mounted over it, and its root may have the inode 1 too.
+            if !is_cgroup2(&fd) {
+                continue;
+            }
             if id == 1 && !path.join("cgroup.type").exists() {
                 return Ok(CgroupRoot { path, fd });
             }
@@ -109,6 +113,11 @@ impl Cgroup {
     pub fn is_too_deep(&self) -> bool {
         self.level >= MAX_LEVELS
     }
+}
+
+fn is_cgroup2(fd: &OwnedFd) -> bool {
+    const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
+    fstatfs(fd).is_ok_and(|stat| stat.f_type as u64 == CGROUP2_SUPER_MAGIC)
 }
 
 fn open_directory(path: &Path) -> io::Result<OwnedFd> {

@@ -217,15 +217,15 @@ impl DeviceFilter {
     /// Takes everything of ours out: the marks of all cgroups first, because their verdict means nothing without the
     /// program at the root, then that program and with it the maps.
     pub fn release(root: &CgroupRoot) -> Result<()> {
+        let lifts =
+            our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
         for path in root.walk() {
             // A cgroup that vanished took its programs along.
             if let Ok(cgroup) = root.open(&path) {
                 unmark(&cgroup).map_err(Error::host(format!("remove our mark from cgroup {path}")))?;
             }
         }
-        for (lift, _) in
-            our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?
-        {
+        for (lift, _) in lifts {
             lift.detach(root.as_fd()).map_err(failed("detach its program from the cgroup root"))?;
         }
         Ok(())
