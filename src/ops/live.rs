@@ -96,7 +96,8 @@ pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<Holder> {
     };
     let path = own.ok_or_else(no_cgroup)?;
     let cgroup = cgroups.open(&path).map_err(|_| Error::ContainerExited(label.clone()))?;
-    if is_shared_with_host(cgroups, &path) {
+    // A runtime that names a cgroup has made it for the container; a bare process may be in anybody's.
+    if container.runtime == Runtime::Pid && is_shared_with_host(cgroups, &path) {
         return Err(no_cgroup());
     }
     if cgroup.is_too_deep() {
