@@ -68,6 +68,9 @@ pub enum Error {
     /// Our own process lacks something.
     #[error("{0}")]
     Unfit(String),
+    /// Something did not answer in time.
+    #[error("{0}")]
+    TimedOut(String),
     /// The kernel cannot carry the device filter.
     #[error(
         "this kernel ({release}) cannot carry the device filter: {what}: it needs Linux 6.1 with CONFIG_CGROUP_BPF and a process with CAP_SYS_ADMIN or CAP_BPF"
@@ -108,7 +111,9 @@ pub enum Error {
     },
     /// A step failed and taking back the steps before it failed too.
     #[error(
-        "{first}; and undoing it failed: {undo}: the ledger keeps {device} of container '{container}' as left over, `qm-hotplug detach` tries again"
+        "{}; and undoing it failed: {}: the ledger keeps {device} of container '{container}' as left over, `qm-hotplug detach` tries again",
+        first.chain(),
+        undo.chain()
     )]
     Undo {
         /// The first failure.
@@ -137,7 +142,13 @@ impl Error {
             Error::Usage(_) | Error::BadDestination { .. } => 2,
             Error::NoSuchContainer(_) | Error::AmbiguousContainer { .. } | Error::ContainerExited(_) => 3,
             Error::NoSuchDevice(_) | Error::NotADevice { .. } | Error::NoSuchGrant { .. } => 4,
-            Error::Refused { .. } | Error::Unfit(_) | Error::NoDeviceFilter { .. } => 5,
+            Error::Refused { .. } | Error::Unfit(_) => 5,
+            Error::NoDeviceFilter { source, .. } => match source.raw_os_error() {
+                // What may be otherwise at the next try is no refusal.
+                Some(libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::ENOSPC | libc::EINTR) => 1,
+                _ => 5,
+            },
+            Error::TimedOut(_) => 6,
             Error::InContainer { .. } | Error::Host { .. } | Error::BadFile { .. } => 1,
             Error::Undo { first, .. } => first.exit_code(),
             Error::Remote { code, .. } => *code,

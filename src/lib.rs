@@ -9,7 +9,7 @@
 //!          │                        │                 │                    │
 //!          └───────── observe ──────┴─────────────────┘                    │
 //!                        │                                                 │
-//!              core::matcher: what should be          core::plan::Request ─┘
+//!              core::matcher: what should be          core::protocol ──────┘
 //!                        │                                 │
 //!              core::plan: desired minus observed, as steps with inverses
 //!                        │

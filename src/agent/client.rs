@@ -40,7 +40,12 @@ pub fn call<T: DeserializeOwned>(request: &Request) -> Result<Option<T>> {
     let mut message = Vec::new();
     let mut buffer = [0; 4096];
     while message.last() != Some(&0) {
-        match stream.read(&mut buffer).map_err(talk())? {
+        match stream.read(&mut buffer).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                Error::TimedOut("the agent does not answer: see `systemctl status qm-hotplug`".into())
+            }
+            _ => talk()(error),
+        })? {
             0 => return Err(talk()(io::Error::new(io::ErrorKind::UnexpectedEof, "it hung up"))),
             length => message.extend_from_slice(&buffer[..length]),
         }

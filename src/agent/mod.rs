@@ -20,19 +20,32 @@ use crate::agent::watch::{News, What};
 use crate::core::protocol::{Reply, Request};
 use crate::error::{Error, Result};
 use crate::ops::{Executor, request};
+use crate::runtime;
 use crate::sys::udev;
 
 /// How long a start waits for a command that is just changing something.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How many events may wait; when there are more, everything is compared instead.
+const QUEUE: usize = 65_536;
+/// How many events are worked through before signals and the watchdog get their turn.
+const BATCH: usize = 256;
 
 /// Runs the agent until SIGTERM or SIGINT. Grants stay in force when it ends.
 pub fn run() -> Result<()> {
     let mut executor = wait_for_lock()?;
+    raise_file_limit();
     // Whether this kernel can carry the filter is found out now, not at the first plug.
     executor.filter()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(Error::host("start the event loop"))?;
     LocalSet::new().block_on(&runtime, serve(executor))
+}
+
+/// A pidfd is held for each container; the soft limit is made for programs that use select(2).
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 fn wait_for_lock() -> Result<Executor> {
@@ -42,7 +55,7 @@ fn wait_for_lock() -> Result<Executor> {
             return Ok(executor);
         }
         if Instant::now() > until {
-            return Err(Error::Unfit("an agent is running already: see `systemctl status qm-hotplug`".into()));
+            return Err(Error::TimedOut("an agent is running already: see `systemctl status qm-hotplug`".into()));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -50,7 +63,7 @@ fn wait_for_lock() -> Result<Executor> {
 
 async fn serve(mut executor: Executor) -> Result<()> {
     // Subscribe first, then look: what happens in between is in the channel.
-    let (sender, mut news) = mpsc::unbounded_channel();
+    let (sender, mut news) = mpsc::channel(QUEUE);
     let exits = watch::start(sender).map_err(Error::host("subscribe to device and container events"))?;
     let mut registry = Registry::new(exits);
     reconcile::everything(&mut executor, &mut registry);
@@ -72,13 +85,21 @@ async fn serve(mut executor: Executor) -> Result<()> {
     notify(&[NotifyState::Ready, NotifyState::Status(&status(&executor, &registry))]);
     loop {
         tokio::select! {
+            // In this order: what has happened is worked through before the next request is answered, and neither
+            // keeps systemd waiting.
+            biased;
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            _ = tick(&mut watchdog) => notify(&[NotifyState::Watchdog]),
             _ = hang_up.recv() => reconcile::everything(&mut executor, &mut registry),
-            Some(first) = news.recv() => {
+            first = news.recv() => {
+                let Some(first) = first else {
+                    let ended = std::io::Error::other("the thread that waits for them ended");
+                    return Err(Error::host("hear of events")(ended));
+                };
                 hear(&mut executor, &mut registry, first);
-                // What else has come is worked through before systemd and callers are served.
-                while let Ok(next) = news.try_recv() {
+                for _ in 0..BATCH {
+                    let Ok(next) = news.try_recv() else { break };
                     hear(&mut executor, &mut registry, next);
                 }
                 notify(&[NotifyState::Status(&status(&executor, &registry))]);
@@ -89,7 +110,6 @@ async fn serve(mut executor: Executor) -> Result<()> {
                 let _ = call.answer.send(reply);
             }
             Ok((stream, _)) = listener.accept() => drop(tokio::task::spawn_local(api::serve(stream, caller.clone()))),
-            _ = tick(&mut watchdog) => notify(&[NotifyState::Watchdog]),
         }
     }
     notify(&[NotifyState::Stopping]);
@@ -116,16 +136,14 @@ fn hear(executor: &mut Executor, registry: &mut Registry, News { at, what }: New
 }
 
 fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -> Reply {
-    let containers = registry.snapshot();
-    let result = match request {
-        Request::Attach(attach) => request::attach(executor, &containers, attach).map(Reply::good),
-        Request::Detach(detach) => request::detach(executor, &containers, detach, true).map(Reply::good),
-        Request::List(list) => request::list(executor.ledger.entries(), &containers, list).map(Reply::good),
-        Request::Status(_) => {
-            let grants = executor.ledger.entries().len();
-            request::status(&executor.cgroups, containers.len(), grants, Some(events_from())).map(Reply::good)
+    let mut result = carry_out(executor, registry, request);
+    if let Err(Error::NoSuchContainer(_)) = result {
+        // It may have started a moment ago, or its name may have been out of sight.
+        for container in runtime::scan() {
+            registry.learn(&executor.cgroups, container);
         }
-    };
+        result = carry_out(executor, registry, request);
+    }
     for entry in executor.ledger.entries() {
         registry.follow(&entry.grant.holder);
     }
@@ -133,6 +151,19 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
         tracing::info!("refused: {}", error.chain());
         Reply::bad(error.exit_code(), &error.chain())
     })
+}
+
+fn carry_out(executor: &mut Executor, registry: &Registry, request: &Request) -> Result<Reply> {
+    let containers = registry.snapshot();
+    match request {
+        Request::Attach(attach) => request::attach(executor, &containers, attach).map(Reply::good),
+        Request::Detach(detach) => request::detach(executor, &containers, detach, true).map(Reply::good),
+        Request::List(list) => request::list(executor.ledger.entries(), &containers, list).map(Reply::good),
+        Request::Status(_) => {
+            let grants = executor.ledger.entries().len();
+            request::status(&executor.cgroups, containers.len(), grants, Some(events_from())).map(Reply::good)
+        }
+    }
 }
 
 fn events_from() -> &'static str {

@@ -4,12 +4,12 @@ use std::time::Instant;
 
 use crate::agent::registry::{Known, Registry};
 use crate::core::device::Device;
-use crate::core::ledger::{Entry, Grant, Origin, Placement};
+use crate::core::ledger::{Entry, Grant, Granted, Origin, Placement};
 use crate::core::matcher;
 use crate::core::plan::{Change, changes};
 use crate::ops::Executor;
 use crate::runtime;
-use crate::sys::process::Process;
+use crate::sys::process::is_gone;
 use crate::sys::udev;
 
 /// Compares everything: at start, and when events were lost.
@@ -24,7 +24,8 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     let mut desired: Vec<Grant> =
         registry.containers.values().flat_map(|known| wanted(known, registry.devices.values())).collect();
     let observed = executor.ledger.entries().to_vec();
-    desired.extend(observed.iter().filter(|entry| manual_and_valid(entry)).map(|entry| entry.grant.clone()));
+    let stays = |entry: &&Entry| manual_and_valid(entry) || is_undecided(entry, registry);
+    desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
     carry_out(executor, &desired, &observed, is_unplugged, None);
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
@@ -35,8 +36,17 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
 /// A device is there: for the containers that ask for it.
 pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: Device, since: Instant) {
     let devpath = device.identity.devpath.clone();
+    registry.retry(&executor.cgroups);
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == devpath);
     let mut desired: Vec<Grant> = registry.containers.values().flat_map(|known| wanted(known, [&device])).collect();
+    desired.retain(|grant| match other_device_at(executor, grant) {
+        None => true,
+        Some(other) => {
+            let (container, path) = (grant.holder.label(), &grant.node.path);
+            tracing::warn!(container, "{path} not granted: {} is attached there: detach it first", other.node);
+            false
+        }
+    });
     // What a person attached stays, as long as it is this very device.
     let stays = |entry: &&Entry| {
         entry.grant.origin == Origin::Manual
@@ -78,6 +88,18 @@ pub(super) fn ended(executor: &mut Executor, id: &str) {
     carry_out(executor, &[], &observed, is_unplugged, None);
 }
 
+/// Another device that is plugged in and has the grant's path in its container already.
+fn other_device_at<'a>(executor: &'a Executor, grant: &Grant) -> Option<&'a Granted> {
+    let is_other = |entry: &&Entry| {
+        entry.grant.holder.is_same_run(&grant.holder)
+            && entry.grant.node.path == grant.node.path
+            && entry.grant.device.identity.devpath != grant.device.identity.devpath
+            && entry.left_over.is_none()
+            && !is_unplugged(entry)
+    };
+    executor.ledger.entries().iter().find(is_other).map(|entry| &entry.grant.device)
+}
+
 fn entries(executor: &Executor, test: impl Fn(&Entry) -> bool) -> Vec<Entry> {
     executor.ledger.entries().iter().filter(|entry| test(entry)).cloned().collect()
 }
@@ -87,7 +109,7 @@ fn wanted<'a>(known: &Known, devices: impl IntoIterator<Item = &'a Device>) -> V
 }
 
 fn has_ended(entry: &Entry) -> bool {
-    Process::open_same(entry.grant.holder.pid, entry.grant.holder.start_time).is_none()
+    is_gone(entry.grant.holder.pid, entry.grant.holder.start_time)
 }
 
 fn is_unplugged(entry: &Entry) -> bool {
@@ -97,6 +119,18 @@ fn is_unplugged(entry: &Entry) -> bool {
 /// What is left over was to go: nobody wants it back.
 fn manual_and_valid(entry: &Entry) -> bool {
     entry.grant.origin == Origin::Manual && entry.left_over.is_none() && !has_ended(entry) && !is_unplugged(entry)
+}
+
+/// A rule's grant that a failed look must not take away: its container could not be worked on just now, or udev has not
+/// spoken on its device (yet, or any more).
+fn is_undecided(entry: &Entry, registry: &Registry) -> bool {
+    let devpath = &entry.grant.device.identity.devpath;
+    let known = registry.containers.get(&entry.grant.holder.id);
+    entry.grant.origin != Origin::Manual
+        && entry.left_over.is_none()
+        && !has_ended(entry)
+        && !is_unplugged(entry)
+        && known.is_some_and(|known| known.holder.is_none() || !registry.devices.contains_key(devpath))
 }
 
 /// Each change by itself: one that fails is logged and does not stop the others.

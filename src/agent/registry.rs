@@ -91,6 +91,14 @@ impl Registry {
         true
     }
 
+    /// Looks again at containers that ask for something and could not be worked on when they were last looked at: they
+    /// may have been starting still.
+    pub(super) fn retry(&mut self, cgroups: &CgroupRoot) {
+        for known in self.containers.values_mut().filter(|known| known.holder.is_none() && !known.rules.is_empty()) {
+            known.holder = hold(cgroups, &known.container).ok();
+        }
+    }
+
     /// Watches for the end of a container that is known from the ledger alone.
     pub(super) fn follow(&mut self, holder: &Holder) {
         if self.containers.contains_key(&holder.id) || self.others.contains_key(&holder.id) {

@@ -6,8 +6,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::Sender;
+use tokio::sync::mpsc::error::TrySendError;
 
 use crate::agent::state_watch::StateWatch;
 use crate::core::device::Device;
@@ -65,7 +67,7 @@ impl Exits {
 
 /// Subscribes to everything and starts the thread. What happens from now on is in the channel, so a scan that comes
 /// after this misses nothing.
-pub(super) fn start(news: UnboundedSender<News>) -> io::Result<Exits> {
+pub(super) fn start(news: Sender<News>) -> io::Result<Exits> {
     let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
     let kernel = KernelEvents::listen()?;
     let state = StateWatch::start()?;
@@ -76,14 +78,11 @@ pub(super) fn start(news: UnboundedSender<News>) -> io::Result<Exits> {
     let (ready, is_ready) = std::sync::mpsc::channel();
     std::thread::Builder::new().name("watch".into()).spawn(move || {
         // libudev's objects must stay on the thread that made them.
-        let udev = UdevEvents::listen().and_then(|udev| {
-            epoll::add(&*epoll, udev.as_fd(), EventData::new_u64(UDEV), EventFlags::IN)?;
-            Ok(udev)
-        });
-        match udev {
+        match listen_to_udev(&epoll) {
             Ok(udev) => {
                 let _ = ready.send(Ok(()));
-                Watch { kernel, udev, state, news }.run(&epoll);
+                let had_udevd = udev::is_running();
+                Watch { kernel, udev, state, news, overflowed: false, had_udevd }.run(&epoll);
             }
             Err(error) => drop(ready.send(Err(error))),
         }
@@ -92,71 +91,101 @@ pub(super) fn start(news: UnboundedSender<News>) -> io::Result<Exits> {
     Ok(exits)
 }
 
+fn listen_to_udev(epoll: &OwnedFd) -> io::Result<UdevEvents> {
+    let udev = UdevEvents::listen()?;
+    epoll::add(epoll, udev.as_fd(), EventData::new_u64(UDEV), EventFlags::IN)?;
+    Ok(udev)
+}
+
 struct Watch {
     kernel: KernelEvents,
     udev: UdevEvents,
     state: StateWatch,
-    news: UnboundedSender<News>,
+    news: Sender<News>,
+    /// News did not fit into the channel: everything must be compared.
+    overflowed: bool,
+    /// Whether udevd ran when we subscribed to it: libudev subscribes to nothing where it does not.
+    had_udevd: bool,
 }
 
+/// How soon a full channel is tried again.
+const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+
 impl Watch {
-    /// Ends when the loop on the other side has.
+    /// Ends when the loop on the other side has, or when the kernel's events cannot be read any more.
     fn run(mut self, epoll: &OwnedFd) {
         let mut events = Vec::with_capacity(64);
         while !self.news.is_closed() {
             events.clear();
-            match epoll::wait(epoll, rustix::buffer::spare_capacity(&mut events), None) {
+            let timeout = self.overflowed.then_some(&RETRY);
+            match epoll::wait(epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => {
-                    tracing::error!("cannot wait for events: {errno}");
-                    return;
-                }
+                Err(errno) => return tracing::error!("cannot wait for events: {errno}"),
+            }
+            if self.overflowed {
+                self.overflowed = false;
+                self.tell(What::Lost);
             }
             // The kernel's events first: its "remove" of a device comes before udev's "add" of the next one.
             let mut tokens: Vec<u64> = events.iter().map(|event| event.data.u64()).collect();
             tokens.sort_unstable();
             for token in tokens {
-                match token {
-                    KERNEL => self.read_kernel(),
-                    UDEV => {
-                        self.read_kernel();
-                        self.read_udev();
+                let result = match token {
+                    KERNEL => self.read_kernel(epoll),
+                    UDEV => self.read_kernel(epoll).map(|()| self.read_udev()),
+                    STATE => {
+                        self.read_state();
+                        Ok(())
                     }
-                    STATE => self.read_state(),
-                    process => self.tell(What::Exited(process)),
+                    process => {
+                        self.tell(What::Exited(process));
+                        Ok(())
+                    }
+                };
+                if let Err(error) = result {
+                    return tracing::error!("cannot read the kernel's events: {error}");
                 }
             }
         }
     }
 
-    fn tell(&self, what: What) {
-        // The loop is gone: `run` sees that.
-        let _ = self.news.send(News { at: Instant::now(), what });
+    fn tell(&mut self, what: What) {
+        self.tell_at(Instant::now(), what);
+    }
+
+    fn tell_at(&mut self, at: Instant, what: What) {
+        match self.news.try_send(News { at, what }) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => self.overflowed = true,
+            // The loop is gone: `run` sees that.
+            Err(TrySendError::Closed(_)) => {}
+        }
     }
 
     /// Removals act at once. Additions come from udev, after its rules ran; where no udevd runs, from here.
-    fn read_kernel(&self) {
+    fn read_kernel(&mut self, epoll: &OwnedFd) -> io::Result<()> {
         loop {
-            match self.kernel.receive() {
-                Ok(Received::Event(event)) if event.action == Action::Remove => self.tell(What::Unplugged(event)),
-                Ok(Received::Event(event)) if event.action == Action::Add && !udev::is_running() => {
+            match self.kernel.receive()? {
+                Received::Event(event) if event.action == Action::Remove => self.tell(What::Unplugged(event)),
+                Received::Event(event) if event.action == Action::Add => {
                     let at = Instant::now();
-                    if let Some(device) = udev::by_event(&event) {
-                        let _ = self.news.send(News { at, what: What::Plugged(Box::new(device)) });
+                    let has_udevd = udev::is_running();
+                    if has_udevd && !self.had_udevd {
+                        self.udev = listen_to_udev(epoll)?;
+                        self.tell(What::Lost);
+                    } else if !has_udevd && let Some(device) = udev::by_event(&event) {
+                        self.tell_at(at, What::Plugged(Box::new(device)));
                     }
+                    self.had_udevd = has_udevd;
                 }
-                Ok(Received::Event(_) | Received::Nothing) => {}
-                Ok(Received::Lost) => self.tell(What::Lost),
-                Ok(Received::Empty) => return,
-                Err(error) => {
-                    tracing::error!("cannot read the kernel's events: {error}");
-                    return;
-                }
+                Received::Event(_) | Received::Nothing => {}
+                Received::Lost => self.tell(What::Lost),
+                Received::Empty => return Ok(()),
             }
         }
     }
 
-    fn read_udev(&self) {
+    fn read_udev(&mut self) {
         let (events, lost) = self.udev.receive();
         for (action, device) in events {
             if let (Action::Add | Action::Other, Some(device)) = (action, device) {

@@ -29,7 +29,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         return output::json(&gone);
     }
     for grant in gone {
-        output::line(&format!("{}: {} is gone", grant.container, grant.path))?;
+        output::line(&format!("{}: {} is gone; what is open already stays usable", grant.container, grant.path))?;
     }
     Ok(())
 }

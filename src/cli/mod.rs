@@ -98,7 +98,7 @@ fn change<T: serde::de::DeserializeOwned>(
             return result.and_then(|value| released.map(|()| Done::Here(value)));
         }
         if Instant::now() > until {
-            return Err(Error::Unfit(format!(
+            return Err(Error::TimedOut(format!(
                 "another qm-hotplug has held the ledger for {} seconds and answers nothing: see `systemctl status qm-hotplug`",
                 PATIENCE.as_secs()
             )));

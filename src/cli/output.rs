@@ -7,10 +7,9 @@ use serde::Serialize;
 use crate::core::text::printable;
 use crate::error::{Error, Result};
 
-/// One line, or several; control characters from containers are spelt out.
+/// One line; control characters from containers are spelt out.
 pub(super) fn line(text: &str) -> Result<()> {
-    let clean: Vec<String> = text.split('\n').map(printable).collect();
-    write(&format!("{}\n", clean.join("\n")))
+    write(&format!("{}\n", printable(text)))
 }
 
 /// One JSON document on one line.

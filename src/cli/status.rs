@@ -29,24 +29,31 @@ pub(super) fn run(args: Args) -> Result<()> {
             status(&CgroupRoot::find()?, runtime::scan().len(), grants, None)?
         }
     };
-    if args.json { output::json(&status) } else { output::line(&text(&status)) }
+    if args.json {
+        return output::json(&status);
+    }
+    lines(&status).iter().try_for_each(|line| output::line(line))
 }
 
-fn text(status: &StatusInfo) -> String {
-    let filter = match status.filter.as_str() {
-        "degraded" => format!(
-            "degraded: {} at the cgroup root runs after ours and may refuse what is granted",
-            status.after.join(", ")
-        ),
-        "none" => "not loaded, since nothing is granted".to_owned(),
-        other => other.to_owned(),
+fn lines(status: &StatusInfo) -> Vec<String> {
+    let filter = match (status.filter.as_str(), status.grants) {
+        ("degraded", _) => {
+            let after = status.after.join(", ");
+            format!("degraded: {after} at the cgroup root runs after ours and may refuse what is granted")
+        }
+        ("none", 0) => "not loaded, since nothing is granted".to_owned(),
+        ("none", grants) => {
+            format!("not attached, so {grants} grants do not hold: `systemctl restart qm-hotplug` puts it back")
+        }
+        (other, _) => other.to_owned(),
     };
-    format!(
-        "agent:      {}\nevents:     {}\nfilter:     {filter}\nentries:    {}\ncontainers: {}\ngrants:     {}",
-        if status.agent { format!("running, version {}", status.version) } else { "not running".into() },
-        status.events,
-        status.entries,
-        status.containers,
-        status.grants
-    )
+    let agent = if status.agent { format!("running, version {}", status.version) } else { "not running".into() };
+    vec![
+        format!("agent:      {agent}"),
+        format!("events:     {}", status.events),
+        format!("filter:     {filter}"),
+        format!("entries:    {}", status.entries),
+        format!("containers: {}", status.containers),
+        format!("grants:     {}", status.grants),
+    ]
 }

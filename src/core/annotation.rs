@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::core::category::Category;
+use crate::core::text::printable;
 
 /// What precedes the category's name; the same as containers/qm's device manager reads.
 pub const DEVICE_PREFIX: &str = "org.containers.qm.device.";
@@ -17,7 +18,7 @@ pub struct Rule {
 /// An annotation of ours that grants nothing, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ignored {
-    /// The annotation's key.
+    /// The annotation's key, printable.
     pub key: String,
     /// In words, to follow `annotation KEY ignored: `.
     pub reason: String,
@@ -36,7 +37,7 @@ pub fn rules<'a>(annotations: impl IntoIterator<Item = (&'a str, &'a str)>) -> (
             }
             (Some(_), other) => format!("'{other}' is none of true, 1 and yes"),
         };
-        ignored.push(Ignored { key: key.to_owned(), reason });
+        ignored.push(Ignored { key: printable(key), reason: printable(&reason) });
     }
     (rules, ignored)
 }

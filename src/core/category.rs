@@ -50,6 +50,9 @@ impl Category {
 /// Matches a path against a pattern that may end in `#` (one or more digits), `[a-b]` (one character of that range)
 /// or `/**` (everything below). A number is matched whole: `ttyUSB1` is never `ttyUSB10`.
 fn pattern_matches(pattern: &str, path: &str) -> bool {
+    if path.split('/').any(|part| matches!(part, "." | "..")) {
+        return false;
+    }
     if let Some(directory) = pattern.strip_suffix("/**") {
         return path.strip_prefix(directory).is_some_and(|rest| rest.len() > 1 && rest.starts_with('/'));
     }
@@ -117,6 +120,8 @@ mod tests {
             "dev/video0",
             "/dev/vcs1",
             "/dev/../video0",
+            "/dev/snd/../mem",
+            "/dev/input/./x",
             "",
         ] {
             assert_eq!(categories_of(node), [""; 0], "{node}");

@@ -11,9 +11,10 @@
 //!   `-(2000 + level)`, so that [`lift`] does not open the outer container's devices to the inner one.
 //!
 //! A runtime's update may detach all programs of a container, [`mark`] among them. Then a refusal from below would look
-//! like the container's own. So [`mark`] also leaves a *witness* of having run, in a per-CPU slot that [`lift`] reads
-//! and clears at each verdict: without it, a grant holds for tasks in the container's own cgroup alone. A witness that
-//! is lost (another task opened a device on this CPU between the two programs) can only keep a refusal in force.
+//! like the container's own. So [`mark`] also leaves a *witness* of having run, one word in a per-CPU slot that [`lift`]
+//! reads and clears at each verdict: without it, a grant holds for tasks in the container's own cgroup alone. A witness
+//! is lost when another task opens a device on this CPU between the two programs, which needs a preemption within less
+//! than a microsecond: then a task below the container's cgroup is refused once.
 
 /// One eBPF instruction (linux/bpf.h, `struct bpf_insn`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,8 +60,9 @@ pub const MARK_PREFIX: &str = "qmhp_mark";
 pub const KEY_SIZE: usize = 24;
 /// A grant's value: `BPF_DEVCG_ACC_*` bits (u32).
 pub const VALUE_SIZE: usize = 4;
-/// A witness: the task (`bpf_get_current_pid_tgid`, u64) and the levels whose marks ran for it (bit set, u64).
-pub const WITNESS_SIZE: usize = 16;
+/// A witness: the task's id (the lower half of `bpf_get_current_pid_tgid`) in the upper half, the levels whose marks
+/// ran for it as a bit set in the lower one. One word, because a task can be preempted between two.
+pub const WITNESS_SIZE: usize = 8;
 
 /// Ancestor levels that [`lift`] looks at: a container's cgroup must be less deep than this.
 pub const MAX_LEVELS: u32 = 32;
@@ -92,12 +94,11 @@ pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
     const WANTED: i16 = -48;
     let mut a = Assembler::default();
     a.mov(R6, R1);
-    // R8, R9 = the witness: a task, and the levels whose marks ran for it. The slot is cleared for the next verdict.
+    // R9 = the witness. The slot is cleared for the next verdict.
     a.store_imm(W, R10, INDEX, 0);
     a.lookup(witness_fd, INDEX);
     a.jump_imm(JEQ, R0, 0, "leave");
-    a.load(DW, R8, R0, 0);
-    a.load(DW, R9, R0, 8);
+    a.load(DW, R9, R0, 0);
     a.store_imm(DW, R0, 0, 0);
 
     // R7 = levels to look at: all for a plain refusal, those below the mark for a renamed one.
@@ -112,11 +113,14 @@ pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
     a.alu32_imm(ADD, R1, 1);
     a.alu64(LSH, R7, R1);
 
-    // R9 = the levels, or none if the witness is another task's. Without a branch: a value that is known on one path
-    // and not on another doubles what the verifier walks.
+    // R9 = the levels whose marks ran, or none if the witness is another task's. Without a branch: a value that is known
+    // on one path and not on another doubles what the verifier walks.
     a.label("wanted");
     a.call(helper::GET_CURRENT_PID_TGID);
-    a.alu64(XOR, R0, R8);
+    a.mov32(R0, R0);
+    a.mov(R1, R9);
+    a.alu64_imm(RSH, R1, 32);
+    a.alu64(XOR, R0, R1);
     a.mov(R1, R0);
     a.neg64(R1);
     a.alu64(OR, R0, R1);
@@ -188,16 +192,17 @@ pub fn mark(level: u32, witness_fd: i32) -> Vec<Insn> {
     a.jump_imm(JEQ, R0, 0, "verdict");
     a.mov(R7, R0);
     a.call(helper::GET_CURRENT_PID_TGID);
+    a.alu64_imm(LSH, R0, 32);
     a.load(DW, R1, R7, 0);
-    a.jump_reg(JEQ, R1, R0, "add");
-    a.store(DW, R7, 0, R0);
-    a.store_imm(DW, R7, 8, 0);
+    a.mov(R2, R1);
+    a.alu64_imm(RSH, R2, 32);
+    a.alu64_imm(LSH, R2, 32);
+    a.jump_reg(JEQ, R2, R0, "add");
+    a.mov(R1, R0);
     a.label("add");
-    a.mov_imm(R2, 1);
-    a.alu64_imm(LSH, R2, level as i32);
-    a.load(DW, R1, R7, 8);
+    a.mov32_imm(R2, 1 << level);
     a.alu64(OR, R1, R2);
-    a.store(DW, R7, 8, R1);
+    a.store(DW, R7, 0, R1);
 
     a.label("verdict");
     a.call(helper::GET_RETVAL);
@@ -300,6 +305,11 @@ impl Assembler {
 
     fn mov32(&mut self, dst: Reg, src: Reg) {
         self.push(CLASS_ALU32 | MOV | SOURCE_REG, dst, src, 0, 0);
+    }
+
+    /// Clears the upper half.
+    fn mov32_imm(&mut self, dst: Reg, imm: i32) {
+        self.push(CLASS_ALU32 | MOV, dst, R0, 0, imm);
     }
 
     fn mov_imm(&mut self, dst: Reg, imm: i32) {

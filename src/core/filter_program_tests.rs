@@ -10,6 +10,11 @@ use super::*;
 const GRANTS_FD: i32 = 11;
 const WITNESS_FD: i32 = 12;
 const TASK: u64 = 0x0000_1234_0000_5678;
+/// A witness of this task: its id above, levels below.
+fn witness(task: u64, levels: u64) -> Box<u64> {
+    Box::new(task << 32 | levels & 0xffff_ffff)
+}
+
 /// Ids of the cgroups from the root (level 0) to the task's.
 fn cgroup_id(level: usize) -> u64 {
     if level == 0 { 1 } else { 0x0001_0000_0000_1000 + level as u64 }
@@ -21,7 +26,7 @@ struct Kernel {
     retval: i32,
     depth: usize,
     grants: HashMap<[u8; KEY_SIZE], Box<u32>>,
-    witness: Box<[u64; 2]>,
+    witness: Box<u64>,
 }
 
 thread_local! { static KERNEL: RefCell<Kernel> = RefCell::default(); }
@@ -29,7 +34,7 @@ thread_local! { static KERNEL: RefCell<Kernel> = RefCell::default(); }
 #[allow(unsafe_code)]
 fn map_lookup(map: u64, key: u64, _: u64, _: u64, _: u64) -> u64 {
     KERNEL.with_borrow(|kernel| match map as i32 {
-        WITNESS_FD => kernel.witness.as_ptr() as u64,
+        WITNESS_FD => &raw const *kernel.witness as u64,
         GRANTS_FD => {
             // SAFETY: the program passes an address on the interpreter's stack with KEY_SIZE bytes behind it.
             let key = unsafe { *(key as *const [u8; KEY_SIZE]) };
@@ -56,8 +61,8 @@ fn run(program: &[Insn], access_type: u32, major: u32, minor: u32) -> u64 {
     })
     .unwrap();
     KERNEL.with_borrow(|kernel| {
-        let witness = kernel.witness.as_ptr() as u64;
-        vm.register_allowed_memory(witness..witness + 16);
+        let witness = &raw const *kernel.witness as u64;
+        vm.register_allowed_memory(witness..witness + 8);
         for value in kernel.grants.values() {
             let address = &raw const **value as u64;
             vm.register_allowed_memory(address..address + 4);
@@ -114,7 +119,7 @@ fn lift_decides_the_whole_table_as_specified() {
                                 *k = Kernel {
                                     retval: verdict,
                                     depth,
-                                    witness: Box::new([TASK, witness]),
+                                    witness: self::witness(TASK, witness),
                                     ..Kernel::default()
                                 };
                                 k.grants.insert(key(granted_level, 2, 188, 0), Box::new(granted));
@@ -126,7 +131,7 @@ fn lift_decides_the_whole_table_as_specified() {
                                     k.retval, want,
                                     "verdict {verdict} depth {depth} grant {granted_level}:{granted} wanted {wanted} witness {witness:x}"
                                 );
-                                assert_eq!(k.witness[0], 0, "the witness is spent");
+                                assert_eq!(*k.witness, 0, "the witness is spent");
                             });
                         }
                     }
@@ -163,7 +168,7 @@ fn a_witness_of_another_task_counts_for_nothing() {
     let program = lift(GRANTS_FD, WITNESS_FD);
     for (task, lifted) in [(TASK, true), (TASK + 1, false), (0, false)] {
         KERNEL.with_borrow_mut(|k| {
-            *k = Kernel { retval: -1, depth: 3, witness: Box::new([task, 1 << 1]), ..Kernel::default() };
+            *k = Kernel { retval: -1, depth: 3, witness: witness(task, 1 << 1), ..Kernel::default() };
             k.grants.insert(key(1, 2, 188, 0), Box::new(7));
         });
         run(&program, 2 << 16 | 2, 188, 0);
@@ -177,15 +182,15 @@ fn mark_renames_a_refusal_and_nothing_else_and_leaves_its_witness() {
         let program = mark(level, WITNESS_FD);
         for (verdict, after) in [(0, 0), (-1, -(2000 + level as i32)), (-13, -13), (-2005, -2005), (7, 7)] {
             for (before, expected_levels) in
-                [([0, u64::MAX], 1 << level), ([TASK, 1 << 5], 1 << level | 1 << 5), ([TASK + 1, 1 << 5], 1 << level)]
+                [((0, u64::MAX), 1 << level), ((TASK, 1 << 5), 1 << level | 1 << 5), ((TASK + 1, 1 << 5), 1 << level)]
             {
                 KERNEL.with_borrow_mut(|k| {
-                    *k = Kernel { retval: verdict, witness: Box::new(before), ..Kernel::default() }
+                    *k = Kernel { retval: verdict, witness: witness(before.0, before.1), ..Kernel::default() };
                 });
                 assert_eq!(run(&program, 2 << 16 | 2, 1, 1), 1);
                 KERNEL.with_borrow(|k| {
                     assert_eq!(k.retval, after, "level {level} verdict {verdict}");
-                    assert_eq!(*k.witness, [TASK, expected_levels]);
+                    assert_eq!(k.witness, witness(TASK, expected_levels));
                 });
             }
         }

@@ -117,7 +117,8 @@ impl Change {
                 let grant = &entry.grant;
                 let number = grant.device.number;
                 let (before, after) = (rights(ledger, grant, None), rights(ledger, grant, Some(entry)));
-                let mut steps = Vec::new();
+                // The right first: whatever the container does to keep its node, it cannot open it any more.
+                let mut steps = vec![Step::Allow { holder: grant.holder.clone(), number, before, after }];
                 match &entry.placement {
                     Placement::Ours(directories) => {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: directories.clone() });
@@ -130,7 +131,6 @@ impl Change {
                     }
                     Placement::Container | Placement::Host => {}
                 }
-                steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });
                 let others = |other: &&Entry| *other != entry && other.grant.holder.cgroup_id == grant.holder.cgroup_id;
                 if !ledger.iter().any(|other| others(&other)) {
                     steps.push(Step::Unmark(grant.holder.clone()));

@@ -17,7 +17,7 @@ use crate::sys::device_filter::DeviceFilter;
 use crate::sys::host::{Host, require_fitness};
 use crate::sys::namespace::inside;
 use crate::sys::node::{self, Made, NodeError};
-use crate::sys::process::Process;
+use crate::sys::process::{self, Process};
 
 /// Where the ledger, its lock and the agent's socket are.
 pub const RUN_DIRECTORY: &str = "/run/qm-hotplug";
@@ -58,11 +58,7 @@ impl Executor {
     pub fn carry_out(&mut self, change: &Change) -> Result<Placement> {
         let mut undo: Vec<Step> = Vec::new();
         let mut placement = Placement::Pending;
-        let mut node_stays = None;
         for step in change.steps(self.ledger.entries()) {
-            if node_stays.is_some() && matches!(step, Step::Unmark(_) | Step::Forget(_)) {
-                break;
-            }
             match self.execute(&step, change) {
                 Ok(Some(made)) => {
                     if let Step::MakeNode(grant) = &step
@@ -73,15 +69,8 @@ impl Executor {
                     placement = made;
                 }
                 Ok(None) => undo.push(step.inverse()),
-                // A container that keeps its node (it made its /dev read-only, say) does not keep the right.
-                Err(first) if matches!((&step, change), (Step::RemoveNode { .. }, Change::Remove { .. })) => {
-                    node_stays = Some(first);
-                }
                 Err(first) => return Err(self.take_back(undo, change, first)),
             }
-        }
-        if let Some(first) = node_stays {
-            return Err(self.take_back(undo, change, first));
         }
         if let Change::Add(grant) = change
             && let Err(first) = self.ledger.settle(grant, placement.clone())
@@ -179,9 +168,10 @@ impl Executor {
             .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
         // Only a rule may take the place of a node that an unplugged device left: what a person typed may be a slip.
         let replace = grant.origin != Origin::Manual;
-        let (number, wanted) = (grant.device.number, &grant.node);
-        let made = inside(holder.label(), &process, self.host, |inside| node::make(inside, number, wanted, replace))?
-            .map_err(|error| node_error(holder, error))?;
+        let (number, wanted) = (grant.device.number, grant.node.clone());
+        let made =
+            inside(holder.label(), &process, self.host, move |inside| node::make(inside, number, &wanted, replace))?
+                .map_err(|error| node_error(holder, error))?;
         Ok(match made {
             Made::Ours { directories } => Placement::Ours(directories),
             Made::Containers => Placement::Container,
@@ -192,15 +182,20 @@ impl Executor {
     fn remove_node(&mut self, grant: &Grant, directories: &[String], undoing: bool) -> Result<()> {
         let holder = &grant.holder;
         // A container that ended took its nodes along.
-        let Some(process) = Process::open_same(holder.pid, holder.start_time) else { return Ok(()) };
+        if process::is_gone(holder.pid, holder.start_time) {
+            return Ok(());
+        }
+        let process = Process::open_same(holder.pid, holder.start_time)
+            .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
         let (number, path) = (grant.device.number, &grant.node.path);
-        let removed =
-            match inside(holder.label(), &process, self.host, |inside| node::remove(inside, number, path, directories))
-            {
-                Ok(removed) => removed,
-                Err(Error::ContainerExited(_)) => return Ok(()),
-                Err(error) => return Err(error),
-            };
+        let (its_path, its_directories) = (path.clone(), directories.to_vec());
+        let removed = match inside(holder.label(), &process, self.host, move |inside| {
+            node::remove(inside, number, &its_path, &its_directories)
+        }) {
+            Ok(removed) => removed,
+            Err(Error::ContainerExited(_)) => return Ok(()),
+            Err(error) => return Err(error),
+        };
         match removed {
             Ok(true) => Ok(()),
             Ok(false) => {
@@ -216,6 +211,8 @@ impl Executor {
     /// Makes the filter's map and the marks agree with the ledger. Entries that the ledger does not know were left by a
     /// process that was killed, or written by one that holds CAP_BPF: they are removed and reported.
     pub fn agree_with_ledger(&mut self) {
+        // Looked up anew: somebody may have detached it.
+        self.filter = None;
         let mut expected: BTreeMap<(u64, Number), Access> = BTreeMap::new();
         let mut holders: BTreeMap<u64, Holder> = BTreeMap::new();
         // What is left over has no right any more, at most a node.

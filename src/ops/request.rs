@@ -10,7 +10,7 @@ use crate::ops::Executor;
 use crate::ops::live::{hold, lookup};
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
-use crate::sys::process::Process;
+use crate::sys::process::is_gone;
 use crate::sys::udev;
 
 /// Gives a container a device. Asking again for the same changes nothing.
@@ -42,8 +42,15 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
             return Err(Error::Refused {
                 container: container.label().to_owned(),
                 reason: format!(
-                    "{} is already attached there as {} with access {}: detach it first",
-                    entry.grant.node.path, entry.grant.device.node, entry.grant.access
+                    "{} is already {} with access {}, {}",
+                    entry.grant.node.path,
+                    entry.grant.device.node,
+                    entry.grant.access,
+                    match &entry.grant.origin {
+                        Origin::Manual => "attached by hand: detach it first".to_owned(),
+                        Origin::Rule(category) =>
+                            format!("granted by its annotation for {category}: name another DEST"),
+                    }
                 ),
             });
         }
@@ -119,7 +126,7 @@ pub fn list(entries: &[Entry], containers: &[Container], request: &List) -> Resu
         .map(|entry| {
             let mut info = GrantInfo::from(entry);
             let holder = &entry.grant.holder;
-            if Process::open_same(holder.pid, holder.start_time).is_none() {
+            if is_gone(holder.pid, holder.start_time) {
                 info.note = Some("the container exited".into());
             } else if !udev::is_present(&entry.grant.device.identity) && info.note.is_none() {
                 info.note = Some("the device is unplugged".into());
@@ -133,7 +140,7 @@ pub fn list(entries: &[Entry], containers: &[Container], request: &List) -> Resu
 
 /// Takes back what belongs to containers that ended: their nodes are gone, their entries in the filter are not.
 pub fn prune(executor: &mut Executor) {
-    let ended = |entry: &&Entry| Process::open_same(entry.grant.holder.pid, entry.grant.holder.start_time).is_none();
+    let ended = |entry: &&Entry| is_gone(entry.grant.holder.pid, entry.grant.holder.start_time);
     let entries: Vec<Entry> = executor.ledger.entries().iter().filter(ended).cloned().collect();
     for entry in entries {
         if let Err(error) = executor.carry_out(&Change::Remove { entry, unplugged: false }) {

@@ -37,13 +37,13 @@ impl Store {
             Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
             Err(errno) => return Err(Error::host(format!("lock {}", path.display()))(errno)),
         }
-        let entries = read_pages(&directory)?;
+        let entries = read_pages(&directory, true)?;
         Ok(Some(Store { directory, entries, _lock: lock }))
     }
 
     /// Reads the ledger without the lock, for a look.
     pub fn peek(run: &Path) -> Result<Vec<Entry>> {
-        read_pages(&run.join("ledger"))
+        read_pages(&run.join("ledger"), false)
     }
 
     /// All entries.
@@ -115,7 +115,8 @@ fn file_name(id: &str) -> String {
     format!("c-{}.json", escaped.collect::<String>())
 }
 
-fn read_pages(directory: &Path) -> Result<Vec<Entry>> {
+/// Only who holds the lock may set a page aside: to an older program a newer one's pages are unreadable.
+fn read_pages(directory: &Path, set_aside: bool) -> Result<Vec<Entry>> {
     let mut entries = Vec::new();
     let files = match fs::read_dir(directory) {
         Ok(files) => files,
@@ -130,6 +131,7 @@ fn read_pages(directory: &Path) -> Result<Vec<Entry>> {
         let page = fs::read(&path).map_err(|error| error.to_string()).and_then(|text| parse(&text));
         match page {
             Ok(page) => entries.extend(page.entries),
+            Err(reason) if !set_aside => tracing::warn!("the ledger {} is passed over: {reason}", path.display()),
             Err(reason) => {
                 let aside = path.with_extension("bad");
                 tracing::warn!("the ledger {} is set aside as {}: {reason}", path.display(), aside.display());
@@ -187,6 +189,8 @@ mod tests {
         let ledger = run.path().join("ledger");
         fs::write(ledger.join("c-cut.json"), "{\"version\":1,\"entr").unwrap();
         fs::write(ledger.join("c-new.json"), "{\"version\":99,\"entries\":[]}").unwrap();
+        assert_eq!(Store::peek(run.path()).unwrap().len(), 1);
+        assert!(ledger.join("c-cut.json").exists(), "a look changes nothing");
         assert_eq!(Store::open(run.path()).unwrap().unwrap().entries().len(), 1);
         assert!(ledger.join("c-cut.bad").exists() && ledger.join("c-new.bad").exists());
     }

@@ -139,6 +139,11 @@ impl Map {
         (self.key_size, self.value_size)
     }
 
+    /// The kernel's id of it.
+    pub fn id(&self) -> io::Result<u32> {
+        Ok(info(self.fd.as_fd(), Info::new())?.u32(4))
+    }
+
     /// How many entries it takes.
     pub fn capacity(&self) -> io::Result<u32> {
         Ok(info(self.fd.as_fd(), Info::new())?.u32(16))

@@ -142,10 +142,12 @@ impl DeviceFilter {
         Ok(entries)
     }
 
-    /// Whether the cgroup has our mark in first place.
+    /// Whether the cgroup has our mark in first place: this build's, and one that leaves its witness where this filter
+    /// reads it.
     pub fn is_marked(&self, cgroup: &Cgroup) -> io::Result<bool> {
-        let first = attached(cgroup.as_fd())?.into_iter().next();
-        Ok(first.map(|program| program.info()).transpose()?.is_some_and(|info| info.name == program::mark_name()))
+        let Some(first) = attached(cgroup.as_fd())?.into_iter().next() else { return Ok(false) };
+        let info = first.info()?;
+        Ok(info.name == program::mark_name() && info.map_ids.contains(&self.witness.id()?))
     }
 
     /// Puts our mark into first place on the cgroup, without a moment in which the programs there do not decide, and

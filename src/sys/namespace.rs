@@ -1,7 +1,12 @@
 //! Work inside a container's mount namespace.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
 
+use nix::errno::Errno as NixErrno;
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{Mode, OFlags, fstat, open};
 use rustix::io::Errno;
@@ -10,6 +15,13 @@ use crate::error::{Error, Result};
 use crate::sys::host::Host;
 use crate::sys::process::Process;
 
+/// How long work inside a container may take. A container can mount a file system of its own making (FUSE) that never
+/// answers, and a network file system may not; the work itself takes microseconds.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Processes (pid, start time) whose container has a thread of ours that did not come back yet.
+static STUCK: Mutex<BTreeSet<(u32, u64)>> = Mutex::new(BTreeSet::new());
+
 /// A container's root directory, as seen by a thread that is in its mount namespace.
 #[derive(Debug, Clone, Copy)]
 pub struct Inside<'a> {
@@ -17,59 +29,119 @@ pub struct Inside<'a> {
     pub root: BorrowedFd<'a>,
     /// The host that it is not.
     pub host: Host,
+    given_up: &'a AtomicBool,
+}
+
+impl Inside<'_> {
+    /// Whether nobody waits for the outcome any more: then nothing may be made.
+    pub fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::SeqCst)
+    }
 }
 
 /// Runs `work` on a thread of its own that has joined the container's mount namespace. The thread ends with the work,
-/// so no other code of this process ever finds itself inside; its umask is zero.
+/// so no other code of this process ever finds itself inside; its umask is zero. It is waited for three seconds at most.
 ///
 /// Refused while the root of the process is the host's: early in a container's start the namespace is new but its root
 /// is not yet, and a node would be made on the host.
-pub fn inside<T: Send>(
+pub fn inside<T: Send + 'static>(
     label: &str,
     process: &Process,
     host: Host,
-    work: impl FnOnce(Inside<'_>) -> T + Send,
+    work: impl FnOnce(Inside<'_>) -> T + Send + 'static,
 ) -> Result<T> {
-    let in_container = |what: &str| {
-        let (container, what) = (label.to_owned(), what.to_owned());
-        move |source: std::io::Error| Error::InContainer { container, what, source }
+    let unresponsive = || {
+        Error::TimedOut(format!(
+            "container '{label}': a file system in it has not answered for {} seconds: see what is mounted on or below its /dev",
+            PATIENCE.as_secs()
+        ))
     };
-    let exited = || Error::ContainerExited(label.to_owned());
-    let path = format!("/proc/{}/root", process.pid);
-    let root = match open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(root) => root,
-        // A process that is ending has neither root nor namespaces any more, a moment before its end is reported.
-        Err(Errno::NOENT | Errno::SRCH) => return Err(exited()),
-        Err(_) if process.has_exited() => return Err(exited()),
-        Err(error) => return Err(in_container(&format!("open its root {path}"))(error.into())),
-    };
-    let stat = fstat(&root).map_err(|error| in_container("stat its root")(error.into()))?;
-    if (stat.st_dev, stat.st_ino) == host.root {
-        return Err(Error::Refused {
-            container: label.to_owned(),
-            reason: "its root directory is the host's own: it is no container, or it is still starting".into(),
-        });
+    let key = (process.pid, process.start_time);
+    if stuck().contains(&key) {
+        return Err(unresponsive());
     }
-    std::thread::scope(|scope| {
-        let joined = std::thread::Builder::new().name("inside".into()).spawn_scoped(scope, || {
-            // A thread that shares its root and umask with others may not change mount namespaces (setns(2)).
-            let entered = unshare(CloneFlags::CLONE_FS).and_then(|()| setns(process.as_fd(), CloneFlags::CLONE_NEWNS));
-            match entered {
-                Err(nix::errno::Errno::ESRCH) => Err(exited()),
-                Err(_) if process.has_exited() => Err(exited()),
-                Err(error) => Err(in_container("join its mount namespace")(error.into())),
-                // The root was opened by number before: only now it is sure whose it is.
-                Ok(()) if process.has_exited() => Err(exited()),
-                Ok(()) => {
-                    rustix::process::umask(Mode::empty());
-                    Ok(work(Inside { root: root.as_fd(), host }))
-                }
-            }
-        });
-        match joined.map(|thread| thread.join()) {
-            Ok(Ok(result)) => result,
-            Ok(Err(panic)) => std::panic::resume_unwind(panic),
-            Err(error) => Err(in_container("start a thread to enter it")(error)),
+    let failed =
+        |source| Error::InContainer { container: label.to_owned(), what: "start a thread to enter it".into(), source };
+    let pidfd = process.as_fd().try_clone_to_owned().map_err(failed)?;
+    let visit = Visit { label: label.to_owned(), pid: process.pid, pidfd, host };
+    let given_up = Arc::new(AtomicBool::new(false));
+    let (done, outcome) = mpsc::sync_channel(1);
+    let its_given_up = Arc::clone(&given_up);
+    std::thread::Builder::new()
+        .name("inside".into())
+        .spawn(move || {
+            let result = visit.run(&its_given_up, work);
+            // Under the lock, so that it is either in time or counted as stuck until now.
+            let mut stuck = stuck();
+            stuck.remove(&key);
+            let _ = done.send(result);
+        })
+        .map_err(failed)?;
+    if let Ok(result) = outcome.recv_timeout(PATIENCE) {
+        return result;
+    }
+    let mut stuck = stuck();
+    match outcome.try_recv() {
+        Ok(result) => result,
+        Err(mpsc::TryRecvError::Empty) => {
+            given_up.store(true, Ordering::SeqCst);
+            stuck.insert(key);
+            Err(unresponsive())
         }
-    })
+        Err(mpsc::TryRecvError::Disconnected) => panic!("the thread inside container '{label}' panicked"),
+    }
+}
+
+fn stuck() -> MutexGuard<'static, BTreeSet<(u32, u64)>> {
+    STUCK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the thread needs of its own.
+struct Visit {
+    label: String,
+    pid: u32,
+    pidfd: OwnedFd,
+    host: Host,
+}
+
+impl Visit {
+    fn run<T>(self, given_up: &AtomicBool, work: impl FnOnce(Inside<'_>) -> T) -> Result<T> {
+        let path = format!("/proc/{}/root", self.pid);
+        let root = match open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(root) => root,
+            // A process that is ending has neither root nor namespaces any more, a moment before its end is reported.
+            Err(Errno::NOENT | Errno::SRCH) => return Err(self.exited()),
+            Err(error) => return Err(self.failed(&format!("open its root {path}"), error.into())),
+        };
+        let stat = fstat(&root).map_err(|error| self.failed("stat its root", error.into()))?;
+        if (stat.st_dev, stat.st_ino) == self.host.root {
+            return Err(Error::Refused {
+                container: self.label,
+                reason: "its root directory is the host's own: it is no container, or it is still starting".into(),
+            });
+        }
+        // A thread that shares its root and umask with others may not change mount namespaces (setns(2)).
+        match unshare(CloneFlags::CLONE_FS).and_then(|()| setns(self.pidfd.as_fd(), CloneFlags::CLONE_NEWNS)) {
+            Err(NixErrno::ESRCH) => return Err(self.exited()),
+            Err(error) => return Err(self.failed("join its mount namespace", error.into())),
+            Ok(()) => {}
+        }
+        // The root was opened by number before: only now it is sure whose it is.
+        if crate::sys::process::has_exited(self.pidfd.as_fd()) {
+            return Err(self.exited());
+        }
+        rustix::process::umask(Mode::empty());
+        Ok(work(Inside { root: root.as_fd(), host: self.host, given_up }))
+    }
+
+    fn exited(&self) -> Error {
+        Error::ContainerExited(self.label.clone())
+    }
+
+    fn failed(&self, what: &str, source: std::io::Error) -> Error {
+        if crate::sys::process::has_exited(self.pidfd.as_fd()) {
+            return self.exited();
+        }
+        Error::InContainer { container: self.label.clone(), what: what.to_owned(), source }
+    }
 }

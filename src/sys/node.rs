@@ -3,7 +3,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Uid, chownat, fstat,
@@ -137,7 +136,11 @@ fn make_in(
         }
         _ => {}
     }
-    let temporary = temporary_name();
+    if inside.is_given_up() {
+        return Err(NodeError::Refused(format!("{parent} answered too late")));
+    }
+    let temporary = temporary_name(name);
+    let _ = unlinkat(directory, &*temporary, AtFlags::empty());
     let kind = match number.kind {
         Kind::Char => FileType::CharacterDevice,
         Kind::Block => FileType::BlockDevice,
@@ -322,8 +325,9 @@ fn split(path: &str) -> (&str, &str) {
     }
 }
 
-/// Unique in this process; a leftover of a killed one is recognised by its beginning.
-fn temporary_name() -> String {
-    static COUNTER: AtomicU32 = AtomicU32::new(0);
-    format!(".qm-hotplug.{}.{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed))
+/// What a node is made under before it is renamed into place. There is one executor at a time, so that one name a node
+/// is enough, and what a killed one left is replaced by the next.
+fn temporary_name(name: &str) -> String {
+    // Names have 255 bytes at most.
+    format!(".qm-hotplug.{}", name.get(name.len().saturating_sub(200)..).unwrap_or("node"))
 }

@@ -33,8 +33,7 @@ impl Process {
 
     /// Whether it has ended.
     pub fn has_exited(&self) -> bool {
-        let mut polled = [PollFd::new(&self.fd, PollFlags::IN)];
-        poll(&mut polled, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
+        has_exited(self.fd.as_fd())
     }
 
     /// Path below the cgroup2 root, and below the root of the cgroup v1 `devices` hierarchy where there is one.
@@ -65,6 +64,24 @@ impl Process {
     pub fn has_own_user_namespace(&self) -> std::io::Result<bool> {
         let of = |pid: &str| rustix::fs::stat(format!("/proc/{pid}/ns/user")).map(|s| s.st_ino);
         Ok(of(&self.pid.to_string())? != of("self")?)
+    }
+}
+
+/// Whether the process behind a pidfd has ended.
+pub(crate) fn has_exited(pidfd: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+    poll(&mut polled, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
+}
+
+/// Whether the process that started then is gone. What cannot be looked at (too many open files, say) is not gone.
+pub fn is_gone(pid: u32, start_time: u64) -> bool {
+    match Pid::from_raw(pid as i32).map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+        None | Some(Err(rustix::io::Errno::SRCH)) => true,
+        Some(Err(_)) => false,
+        Some(Ok(fd)) => {
+            let stat = procfs::process::Process::new(pid as i32).and_then(|process| process.stat());
+            has_exited(fd.as_fd()) || stat.is_ok_and(|stat| stat.starttime != start_time)
+        }
     }
 }
 

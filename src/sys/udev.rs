@@ -103,10 +103,13 @@ impl UdevEvents {
 
     /// Takes what is there: actions, with the devices that are still plugged in. Says whether events were lost.
     pub fn receive(&self) -> (Vec<(Action, Option<Device>)>, bool) {
+        // The message only names the device. What it is, sysfs and udev's database tell: whoever is uid 0 in our network
+        // namespace, a container on the host's network for one, can send a message.
+        let look = |event: &udev::Event| udev::Device::from_syspath(event.syspath()).ok().and_then(|it| owned(&it));
         let events = self.0.iter().map(|event| match event.event_type() {
-            EventType::Add => (Action::Add, owned(&event.device())),
+            EventType::Add => (Action::Add, look(&event)),
             EventType::Remove => (Action::Remove, None),
-            _ => (Action::Other, owned(&event.device())),
+            _ => (Action::Other, look(&event)),
         });
         let events = events.collect();
         // libudev returns null for "no more" and for a failed recvmsg(2) alike; errno tells which it was.

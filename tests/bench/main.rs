@@ -116,7 +116,7 @@ fn floor(container: &Container) -> Vec<Duration> {
     let number = Number { kind: Kind::Char, major: 4, minor: 63 };
     sample(ROUNDS, || {
         filter.set(7, number, Access::ALL).unwrap();
-        inside("bench", &process, host, |_| {
+        inside("bench", &process, host, move |_| {
             let device = rustix::fs::makedev(number.major, number.minor);
             let mode = rustix::fs::Mode::from_raw_mode(0o600);
             let node =

@@ -9,8 +9,9 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use qm_hotplug::core::device::{Kind, Number};
 use qm_hotplug::sys::process::Process;
@@ -102,6 +103,12 @@ impl Actor {
         parse(&self.ask(&["mknod", &number.kind.letter().to_string(), &major, &minor, path.as_ref().to_str().unwrap()]))
     }
 
+    /// Remounts a file system, in its own mount namespace.
+    #[track_caller]
+    pub fn remount(&mut self, path: &str, read_only: bool) {
+        assert_eq!(self.ask(&["remount", if read_only { "ro" } else { "rw" }, path]), "0");
+    }
+
     /// Starts to open a path in a loop.
     pub fn hammer(&mut self, how: &str, path: impl AsRef<Path>) {
         self.begin(&["hammer", how, path.as_ref().to_str().unwrap()]);
@@ -161,6 +168,11 @@ pub fn become_if_asked() {
             ["mknod", kind, major, minor, path] => {
                 errno(try_mknod(kind, major.parse().unwrap(), minor.parse().unwrap(), path))
             }
+            ["remount", how, path] => {
+                let flags = MsFlags::MS_REMOUNT | if how == "ro" { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+                let result = mount(None::<&str>, path, None::<&str>, flags, None::<&str>);
+                errno(result.map_err(|errno| Errno::from_raw_os_error(errno as i32)))
+            }
             ["stop"] => {
                 running.store(false, Ordering::Relaxed);
                 let tallies: Vec<Tally> = background.drain(..).map(|thread| thread.join().unwrap()).collect();
@@ -190,10 +202,12 @@ fn in_background(words: &[&str]) -> Box<dyn FnMut(&mut Tally) + Send> {
     let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
     match words[0].as_str() {
         "hammer" => Box::new(move |tally| tally.count(try_open(&words[1], &words[2]))),
-        // Two names change places.
-        "swap" => {
-            Box::new(move |tally| tally.count(renameat_with(CWD, &*words[1], CWD, &*words[2], RenameFlags::EXCHANGE)))
-        }
+        // Two names change places; now sooner, now later, so that every moment is hit.
+        "swap" => Box::new(move |tally| {
+            tally.count(renameat_with(CWD, &*words[1], CWD, &*words[2], RenameFlags::EXCHANGE));
+            let until = Instant::now() + Duration::from_micros(tally.tries * 37 % 251);
+            while Instant::now() < until {}
+        }),
         // A node under its temporary name is replaced by a link to something else, and so is whatever stands there.
         "ambush" => Box::new(move |tally| {
             for entry in std::fs::read_dir(&words[1]).into_iter().flatten().flatten() {

@@ -3,7 +3,6 @@
 use std::os::fd::AsFd;
 
 use qm_hotplug::core::device::{Access, Number};
-use qm_hotplug::sys::bpf::Map;
 use qm_hotplug::sys::cgroup::CgroupRoot;
 use qm_hotplug::sys::device_filter::{DeviceFilter, Entry};
 use rustix::io::Errno;
@@ -27,7 +26,7 @@ pub const TESTS: &[(&str, fn())] = &[
         level_31_is_reached_and_level_32_is_known_as_too_deep,
     ),
     ("filter::entries_are_listed", entries_are_listed),
-    ("filter::a_full_map_says_so_and_keeps_what_it_has", a_full_map_says_so_and_keeps_what_it_has),
+    ("filter::a_full_map_is_doubled_while_in_use", a_full_map_is_doubled),
 ];
 
 fn a_grant_opens_and_its_end_closes() {
@@ -192,26 +191,33 @@ fn entries_are_listed() {
     assert_eq!(stage.filter.entries().unwrap().len(), 3);
 }
 
-fn a_full_map_says_so_and_keeps_what_it_has() {
+fn a_full_map_is_doubled() {
     let stage = Stage::new();
-    let mut taken = 0;
+    let (cgroup, mut actor) = stage.denied("a");
+    let null = stage.nodes.node(NULL);
+    stage.filter.set(cgroup.id(), NULL, Access::ALL).unwrap();
+    let mut taken = 1u64;
     let refusal = loop {
-        match stage.filter.set(u64::from(taken) + 1, NULL, Access::ALL) {
+        match stage.filter.set(taken << 40, NULL, Access::ALL) {
             Ok(()) => taken += 1,
             Err(error) => break error,
         }
         assert!(taken <= 65_536, "more than it is said to take");
     };
-    assert_eq!(taken, 65_536);
-    let text = refusal.to_string();
-    assert!(text.contains("full") && text.contains("65536"), "{text:?} tells nobody what is wrong");
-    assert_eq!(stage.filter.get(1, NULL).unwrap(), Access::ALL);
-    assert_eq!(stage.filter.get(u64::from(taken), NULL).unwrap(), Access::ALL);
-    stage.filter.set(1, NULL, Access::READ).expect("what is there can be changed");
-    stage.filter.set(2, NULL, Access::NONE).unwrap();
-    stage.filter.set(u64::from(taken) + 1, NULL, Access::ALL).expect("a place that became free is taken");
-    // The kernel's own word for it, which no person would understand.
-    let map = Map::create_hash("small", 4, 4, 1).unwrap();
-    map.insert(&[0; 4], &[0; 4]).unwrap();
-    assert_eq!(map.insert(&[1; 4], &[0; 4]).unwrap_err().raw_os_error(), Some(libc::E2BIG));
+    assert_eq!((taken, refusal.raw_os_error()), (65_536, Some(libc::E2BIG)));
+    stage.filter.set(1 << 40, NULL, Access::READ).expect("what is there can be changed");
+    stage.filter.set(2 << 40, NULL, Access::NONE).unwrap();
+    stage.filter.set(taken << 40, NULL, Access::ALL).expect("a place that became free is taken");
+
+    let before = stage.filter.entries().unwrap();
+    actor.hammer("rw", &null);
+    let grown = stage.filter.grow(&stage.root).unwrap();
+    actor.stop()[0].always(Ok(()));
+    assert_eq!(grown.entries().unwrap(), before);
+    grown.set(2 << 40, NULL, Access::ALL).unwrap();
+    grown.set(cgroup.id(), NULL, Access::READ).unwrap();
+    assert_eq!((actor.open("r", &null), actor.open("w", &null)), (Ok(()), REFUSED), "the new map is the one in force");
+    let standing = DeviceFilter::standing(&stage.root).unwrap();
+    assert_eq!((standing.attached, standing.entries), (true, 65_537));
+    assert_eq!(programs(stage.root.as_fd()).iter().filter(|(_, name)| name.starts_with("qmhp")).count(), 1);
 }

@@ -4,11 +4,15 @@
 mod support;
 
 mod actor;
+mod attach;
 mod filter;
+mod hostile;
 mod kernel_bpf;
 mod marks;
+mod nodes;
 mod stage;
 mod standing;
+mod unfit;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -17,7 +21,9 @@ fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     support::enter();
-    let tests = [filter::TESTS, marks::TESTS, standing::TESTS].concat();
+    let tests =
+        [filter::TESTS, marks::TESTS, standing::TESTS, nodes::TESTS, hostile::TESTS, attach::TESTS, unfit::TESTS]
+            .concat();
     let trials = tests.into_iter().map(|(name, test)| Trial::test(name, move || isolated(test))).collect();
     libtest_mimic::run(&arguments, trials).exit();
 }

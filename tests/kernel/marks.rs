@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 
 use qm_hotplug::core::device::Access;
-use qm_hotplug::core::filter_program;
+use qm_hotplug::core::filter_program::{self, Insn};
 use qm_hotplug::sys::bpf::{Map, Program};
 use rustix::io::Errno;
 
@@ -82,7 +82,9 @@ fn a_filter_with_maps_keeps_the_mark_out_and_stays() {
     let stage = Stage::new();
     let cgroup = TestCgroup::new("a");
     let map = Map::create_percpu_array("foreign", filter_program::WITNESS_SIZE, 1).unwrap();
-    let foreign = Program::load("foreign", &filter_program::mark(1, map.as_raw_fd())).unwrap();
+    // r1 = the map; allow.
+    let uses_map = [Insn::new(0x18, 1, 1, 0, map.as_raw_fd()), Insn::new(0, 0, 0, 0, 0)];
+    let foreign = Program::load("foreign", &[&uses_map[..], &filter_program::allow()].concat()).unwrap();
     for program in [&deny_all(), &foreign] {
         cgroup.attach(program);
     }

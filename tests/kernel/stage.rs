@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -86,6 +87,10 @@ impl TestCgroup {
 
     pub fn open(&self) -> Cgroup {
         CgroupRoot::find().unwrap().open(&self.path).unwrap()
+    }
+
+    pub fn directory(&self) -> PathBuf {
+        self.directory.clone()
     }
 
     pub fn id(&self) -> u64 {
@@ -264,7 +269,8 @@ impl Container {
         let root = Nodes::new();
         mount_tmpfs(&root.path().join("dev"), MsFlags::empty());
         prepare(root.path());
-        let cgroup = TestCgroup::new("container");
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let cgroup = TestCgroup::new(&format!("container{}", COUNTER.fetch_add(1, Ordering::Relaxed)));
         cgroup.attach(&deny_all());
         let actor = Actor::start(Some(root.path()));
         cgroup.put(actor.pid());
@@ -284,13 +290,21 @@ impl Container {
     /// [`node::make`] inside.
     pub fn make(&self, number: Number, wanted: &Node, replace: bool) -> Result<Made, NodeError> {
         let host = Host::observe().unwrap();
-        inside("test", &self.actor.process(), host, |inside| node::make(inside, number, wanted, replace)).unwrap()
+        let wanted = wanted.clone();
+        inside("test", &self.actor.process(), host, move |inside| node::make(inside, number, &wanted, replace)).unwrap()
     }
 
     /// [`node::remove`] inside.
     pub fn remove(&self, number: Number, path: &str, directories: &[String]) -> Result<bool, NodeError> {
         let host = Host::observe().unwrap();
-        inside("test", &self.actor.process(), host, |inside| node::remove(inside, number, path, directories)).unwrap()
+        let (path, directories) = (path.to_owned(), directories.to_vec());
+        inside("test", &self.actor.process(), host, move |inside| node::remove(inside, number, &path, &directories))
+            .unwrap()
+    }
+
+    /// The device whose node is at that path.
+    pub fn number_at(&self, path: &str) -> Option<Number> {
+        node::number_of(&rustix::fs::lstat(self.path(path)).ok()?)
     }
 
     /// Everything in its root directory, to compare before and after.

@@ -11,7 +11,7 @@ use qm_hotplug::sys::device_filter::{DeviceFilter, Standing};
 use rustix::io::Errno;
 
 use crate::actor::Actor;
-use crate::stage::{ABSENT, NULL, Stage, ZERO, programs, refuse_only};
+use crate::stage::{ABSENT, NULL, Nodes, Stage, ZERO, programs, refuse_only};
 use crate::support;
 
 const REFUSED: Result<(), Errno> = Err(Errno::PERM);
@@ -103,13 +103,15 @@ fn status(field: &str) -> String {
 }
 
 fn a_foreign_program_before_ours_is_no_matter() {
+    let nodes = Nodes::new();
+    let absent = nodes.node(ABSENT);
     let _foreign = Foreign::attach("early");
     let stage = Stage::new();
     let (cgroup, mut actor) = stage.denied("a");
     stage.filter.set(cgroup.id(), ABSENT, Access::ALL).unwrap();
     assert_eq!(DeviceFilter::standing(&stage.root).unwrap().after, [""; 0]);
-    assert_eq!(actor.open("r", stage.nodes.node(ABSENT)), NO_DRIVER);
-    assert_eq!(Actor::start(None).open("r", stage.nodes.node(ABSENT)), REFUSED, "for all others it holds");
+    assert_eq!(actor.open("r", &absent), NO_DRIVER);
+    assert_eq!(Actor::start(None).open("r", &absent), REFUSED, "for all others it holds");
 }
 
 fn a_hand_over_does_not_jump() {

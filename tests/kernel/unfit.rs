@@ -1,0 +1,173 @@
+//! Where the work cannot be done: one line that names what is missing, exit code 5, and nothing half done.
+
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use caps::{CapSet, Capability};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use qm_hotplug::sys::host::NEEDED;
+use rustix::io::Errno;
+
+use crate::kernel_bpf::refuse_bpf;
+use crate::stage::{Container, TestCgroup};
+use crate::support::{BINARY, Said, assert_nothing_left, grants};
+
+pub const TESTS: &[(&str, fn())] = &[
+    ("unfit::each_capability_that_is_missing_is_named", each_capability),
+    ("unfit::an_ordinary_user_is_told_to_use_sudo", an_ordinary_user),
+    ("unfit::namespaces_of_a_container_are_named", namespaces),
+    ("unfit::without_cgroup2_it_says_how_to_mount_it", without_cgroup2),
+    ("unfit::a_part_of_cgroup2_is_not_taken_for_its_root", a_part_of_cgroup2),
+    ("unfit::where_bpf_is_refused_kernel_and_reason_are_named", where_bpf_is_refused),
+];
+
+/// Runs the binary, at most for ten seconds, after `prepare` in the new process.
+fn qm_after(args: &[&str], prepare: impl Fn() -> io::Result<()> + Send + Sync + 'static) -> Said {
+    let mut command = Command::new("timeout");
+    command.arg("10").arg(BINARY).args(args).stdin(Stdio::null());
+    // SAFETY: this program has one thread, so whatever the child does before exec finds no lock held.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(prepare)
+    };
+    command.output().unwrap().into()
+}
+
+/// Every command that works on the kernel refuses, with this in its one line, and nothing has changed.
+#[track_caller]
+fn all_refuse(
+    container: &Container,
+    texts: &[&str],
+    prepare: impl Fn() -> io::Result<()> + Clone + Send + Sync + 'static,
+) {
+    let before = (container.snapshot(), container.cgroup.programs());
+    for args in [&["attach", &container.name(), "/dev/zero"][..], &["agent"], &["agent", "--release"], &["status"]] {
+        let line = qm_after(args, prepare.clone()).fails(5, texts[0]);
+        for text in texts {
+            assert!(line.contains(text), "{text:?} in what {args:?} says: {line}");
+        }
+    }
+    assert_eq!((container.snapshot(), container.cgroup.programs()), before);
+    assert_eq!(grants(), [serde_json::Value::Null; 0]);
+    assert_nothing_left();
+}
+
+fn other<E: std::fmt::Display>(error: E) -> io::Error {
+    io::Error::other(error.to_string())
+}
+
+fn each_capability() {
+    let container = Container::new();
+    for (capability, _) in NEEDED {
+        // What is not in the bounding set, root does not get at exec.
+        all_refuse(&container, &[&capability.to_string(), "missing", "run as root"], move || {
+            caps::drop(None, CapSet::Bounding, capability).map_err(other)
+        });
+    }
+    // And no other is needed.
+    let said = qm_after(&["attach", &container.name(), "/dev/zero"], || {
+        let needed: Vec<Capability> = NEEDED.iter().map(|(capability, _)| *capability).collect();
+        let others = caps::all()
+            .into_iter()
+            .filter(|capability| !needed.contains(capability) && *capability != Capability::CAP_SETPCAP);
+        others
+            .chain([Capability::CAP_SETPCAP])
+            .try_for_each(|capability| caps::drop(None, CapSet::Bounding, capability))
+            .map_err(other)
+    });
+    said.ok();
+    crate::support::qm(&["detach", &container.name(), "/dev/zero"]).ok();
+}
+
+fn an_ordinary_user() {
+    let container = Container::new();
+    let place = tempfile::tempdir().unwrap();
+    fs::set_permissions(place.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    // Where the build is may be out of such a user's reach.
+    let binary = place.path().join("qm-hotplug");
+    fs::copy(BINARY, &binary).unwrap();
+    for args in [&["attach", &container.name(), "/dev/zero"][..], &["agent"], &["status"]] {
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+            .arg(&binary)
+            .args(args)
+            .stdin(Stdio::null());
+        let said: Said = command.output().unwrap().into();
+        said.fails(5, "sudo");
+    }
+}
+
+fn namespaces() {
+    let container = Container::new();
+    for (flag, text) in [("--user", "user namespace"), ("--pid", "process namespace")] {
+        let mut command = Command::new("unshare");
+        // To be root in a user namespace is not to be root.
+        command.args([flag, if flag == "--user" { "--map-root-user" } else { "--fork" }, BINARY]);
+        let said: Said =
+            command.args(["attach", &container.name(), "/dev/zero"]).stdin(Stdio::null()).output().unwrap().into();
+        let line = said.fails(5, text);
+        assert!(line.contains("run on the host itself"), "{line}");
+    }
+    let cgroup = TestCgroup::new("namespace");
+    let procs = cgroup.directory().join("cgroup.procs");
+    all_refuse(&container, &["cgroup namespace", "run on the host itself"], move || {
+        fs::write(&procs, "0")?;
+        Ok(unshare(CloneFlags::CLONE_NEWCGROUP)?)
+    });
+}
+
+/// In a mount namespace of its own, takes every cgroup file system away.
+fn unmount_cgroups() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    while umount2("/sys/fs/cgroup", MntFlags::MNT_DETACH).is_ok() {}
+    Ok(())
+}
+
+fn without_cgroup2() {
+    let container = Container::new();
+    let texts = ["no cgroup2 hierarchy is mounted", "mount -t cgroup2"];
+    all_refuse(&container, &texts, unmount_cgroups);
+    // Hidden below another file system, whose root has the same inode number.
+    all_refuse(&container, &texts, || {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        Ok(mount(Some("none"), "/sys/fs/cgroup", Some("tmpfs"), MsFlags::empty(), None::<&str>)?)
+    });
+}
+
+fn a_part_of_cgroup2() {
+    let container = Container::new();
+    let part = TestCgroup::new("part");
+    let place = tempfile::tempdir().unwrap();
+    let (directory, at) = (part.directory(), place.path().to_owned());
+    all_refuse(&container, &["not the root of the cgroup2 hierarchy", place.path().to_str().unwrap()], move || {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(Some(&directory), &at, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+        while umount2("/sys/fs/cgroup", MntFlags::MNT_DETACH).is_ok() {}
+        Ok(())
+    });
+}
+
+fn where_bpf_is_refused() {
+    let container = Container::new();
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    // A container's seccomp profile or a kernel without it (CONFIG_BPF_SYSCALL), lockdown, or a part only.
+    for (errno, reason) in [(Errno::PERM, "Operation not permitted"), (Errno::NOSYS, "Function not implemented")] {
+        all_refuse(&container, &[&release, "query programs", reason, "CONFIG_CGROUP_BPF"], move || {
+            refuse_bpf(None, errno.raw_os_error())
+        });
+    }
+    for (command, what) in [(0, "create its maps"), (5, "load its program"), (8, "attach its program")] {
+        for args in [&["attach", &container.name(), "/dev/zero"][..], &["agent"]] {
+            let before = container.snapshot();
+            let line = qm_after(args, move || refuse_bpf(Some(command), libc::EINVAL)).fails(5, what);
+            assert!(line.contains(&release) && line.contains("Invalid argument"), "{line}");
+            assert_eq!(container.snapshot(), before);
+            assert_eq!(grants(), [serde_json::Value::Null; 0]);
+            assert_nothing_left();
+        }
+    }
+}
