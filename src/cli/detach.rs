@@ -29,7 +29,8 @@ pub(super) fn run(args: Args) -> Result<()> {
         return output::json(&gone);
     }
     for grant in gone {
-        output::line(&format!("{}: {} is gone; what is open already stays usable", grant.container, grant.path))?;
+        let note = grant.note.map(|note| format!("; {note}, where it stays usable until it is closed"));
+        output::line(&format!("{}: {} is gone{}", grant.container, grant.path, note.unwrap_or_default()))?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use crate::ops::Executor;
 use crate::ops::live::{hold, lookup};
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
-use crate::sys::process::is_gone;
+use crate::sys::process::{holders_of, is_gone};
 use crate::sys::udev;
 
 /// Gives a container a device. Asking again for the same changes nothing.
@@ -64,7 +64,8 @@ fn at_path<'a>(entries: &'a [Entry], holder: &Holder, path: &str) -> Option<&'a 
     entries.iter().find(|entry| entry.grant.holder.is_same_run(holder) && entry.grant.node.path == path)
 }
 
-/// Takes devices back: the grant with that path inside, else every grant of that device.
+/// Takes devices back: the grant with that path inside, else every grant of that device. The note of each says who in
+/// the container has it open still.
 ///
 /// With an agent, what a rule grants would come back at once, so that is refused.
 pub fn detach(
@@ -107,8 +108,12 @@ pub fn detach(
     }
     let mut gone = Vec::new();
     for entry in matching {
-        let info = GrantInfo::from(&entry);
+        let mut info = GrantInfo::from(&entry);
+        let (cgroup, number) = (entry.grant.holder.cgroup.clone(), entry.grant.device.number);
         executor.carry_out(&Change::Remove { entry, unplugged: false })?;
+        // The right counts at open(2): what is open already stays usable.
+        let holders = holders_of(&executor.cgroups.processes_below(&cgroup), number);
+        info.note = (!holders.is_empty()).then(|| format!("still open in {}", holders.join(", ")));
         gone.push(info);
     }
     Ok(gone)

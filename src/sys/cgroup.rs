@@ -77,9 +77,20 @@ impl CgroupRoot {
         Ok(list.lines().filter_map(|line| line.parse().ok()).collect())
     }
 
+    /// Process ids in this cgroup and in those below it.
+    pub fn processes_below(&self, path: &str) -> Vec<u32> {
+        let below = self.walk_from(path);
+        below.iter().flat_map(|path| self.processes(path).unwrap_or_default()).collect()
+    }
+
     /// All cgroups below the root, with their paths; those that vanish meanwhile are left out.
     pub fn walk(&self) -> Vec<String> {
-        let mut paths = vec![String::new()];
+        self.walk_from("").split_off(1)
+    }
+
+    /// The cgroup itself, then those below it.
+    fn walk_from(&self, path: &str) -> Vec<String> {
+        let mut paths = vec![path.to_owned()];
         let mut at = 0;
         while at < paths.len() {
             let directory = self.path.join(paths[at].trim_start_matches('/'));
@@ -92,7 +103,7 @@ impl CgroupRoot {
             }
             at += 1;
         }
-        paths.split_off(1)
+        paths
     }
 }
 

@@ -3,7 +3,10 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::core::device::{Kind, Number};
 
 /// A process, held by a pidfd, so that its number cannot come to mean another one unnoticed.
 #[derive(Debug)]
@@ -83,6 +86,27 @@ pub fn is_gone(pid: u32, start_time: u64) -> bool {
             has_exited(fd.as_fd()) || stat.is_ok_and(|stat| stat.starttime != start_time)
         }
     }
+}
+
+/// Those of these processes that have the device open, as `PID (NAME)`.
+pub fn holders_of(pids: &[u32], number: Number) -> Vec<String> {
+    let has_open = |pid: &&u32| {
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        files.into_iter().any(|file| {
+            // Without synchronisation, so that no file system of the container's making is asked.
+            let stat = statx(CWD, file.path(), AtFlags::STATX_DONT_SYNC, StatxFlags::BASIC_STATS);
+            stat.is_ok_and(|stat| {
+                let kind = match FileType::from_raw_mode(stat.stx_mode.into()) {
+                    FileType::CharacterDevice => Kind::Char,
+                    FileType::BlockDevice => Kind::Block,
+                    _ => return false,
+                };
+                number == Number { kind, major: stat.stx_rdev_major, minor: stat.stx_rdev_minor }
+            })
+        })
+    };
+    let name = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    pids.iter().filter(has_open).map(|pid| format!("{pid} ({})", name(pid).trim())).collect()
 }
 
 fn mount_namespace(pid: &str) -> std::io::Result<(u64, u64)> {

@@ -6,6 +6,7 @@ mod support;
 mod actor;
 mod attach;
 mod filter;
+mod foreign;
 mod hostile;
 mod kernel_bpf;
 mod marks;
@@ -21,9 +22,21 @@ fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     support::enter();
-    let tests =
-        [filter::TESTS, marks::TESTS, standing::TESTS, nodes::TESTS, hostile::TESTS, attach::TESTS, unfit::TESTS]
-            .concat();
+    if std::panic::catch_unwind(support::assert_nothing_left).is_err() {
+        eprintln!("an earlier run was killed and left this behind, which is taken out now");
+        release();
+    }
+    let tests = [
+        filter::TESTS,
+        marks::TESTS,
+        standing::TESTS,
+        nodes::TESTS,
+        hostile::TESTS,
+        foreign::TESTS,
+        attach::TESTS,
+        unfit::TESTS,
+    ]
+    .concat();
     let trials = tests.into_iter().map(|(name, test)| Trial::test(name, move || isolated(test))).collect();
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -32,8 +45,7 @@ fn main() {
 fn isolated(test: fn()) -> Result<(), libtest_mimic::Failed> {
     support::assert_nothing_left();
     let result = std::panic::catch_unwind(test);
-    let root = qm_hotplug::sys::cgroup::CgroupRoot::find().unwrap();
-    qm_hotplug::sys::device_filter::DeviceFilter::release(&root).unwrap();
+    release();
     support::assert_nothing_left();
     result.map_err(|panic| {
         let text = panic
@@ -42,4 +54,9 @@ fn isolated(test: fn()) -> Result<(), libtest_mimic::Failed> {
             .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
         text.unwrap_or_else(|| "panicked".into()).into()
     })
+}
+
+fn release() {
+    let root = qm_hotplug::sys::cgroup::CgroupRoot::find().unwrap();
+    qm_hotplug::sys::device_filter::DeviceFilter::release(&root).unwrap();
 }

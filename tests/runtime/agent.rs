@@ -10,7 +10,10 @@ use crate::support::podman::{Container, podman};
 use crate::support::{Agent, grants, qm, wait_for};
 
 pub(crate) const CASES: &[Case] = &[
-    ("agent::containers_before_and_after_it_get_what_they_ask_for", containers_before_and_after_it_get_what_they_ask_for),
+    (
+        "agent::containers_before_and_after_it_get_what_they_ask_for",
+        containers_before_and_after_it_get_what_they_ask_for,
+    ),
     ("agent::only_true_1_and_yes_ask", only_true_1_and_yes_ask),
     ("agent::a_restarted_container_has_it_again", a_restarted_container_has_it_again),
     ("agent::a_container_that_ends_leaves_nothing", a_container_that_ends_leaves_nothing),
@@ -23,7 +26,9 @@ pub(crate) const TTYS: [&str; 2] = ["--annotation", "org.containers.qm.device.tt
 /// Waits until the container has all eight nodes of the category, and asserts that they are the host's in every respect.
 #[track_caller]
 pub(crate) fn assert_has_ttys(c: &Container) {
-    wait_for("the grants", || entries_of(&c.cgroup()).len() == 8 && c.node("/dev/tty7").is_some());
+    let cgroup = c.cgroup();
+    let rights = || entries_of(&cgroup).iter().filter(|entry| entry.number.major == 4).count();
+    wait_for("the grants", || rights() == 8 && c.node("/dev/tty7").is_some());
     for n in 0..8 {
         let path = format!("/dev/tty{n}");
         let host = crate::support::podman::describe(&std::fs::metadata(&path).unwrap());
@@ -55,7 +60,10 @@ fn containers_before_and_after_it_get_what_they_ask_for(runtime: &str) {
     }
     let all = grants();
     assert_eq!(all.len(), 16);
-    assert!(all.iter().all(|grant| grant["origin"] == "rule:ttys" && grant["access"] == "rwm" && grant["node"] == "ours"), "{all:?}");
+    assert!(
+        all.iter().all(|grant| grant["origin"] == "rule:ttys" && grant["access"] == "rwm" && grant["node"] == "ours"),
+        "{all:?}"
+    );
     assert_eq!(entries().len(), 16);
     let status: serde_json::Value = serde_json::from_str(&qm(&["status", "--json"]).ok()).unwrap();
     assert_eq!(status["agent"], true);
@@ -71,7 +79,8 @@ fn only_true_1_and_yes_ask(runtime: &str) {
     let annotated = |name, value: &str| {
         Container::start(runtime, name, &["--annotation", &format!("org.containers.qm.device.{value}")])
     };
-    let refused = [annotated("qmh-false", "ttys=false"), annotated("qmh-case", "ttys=True"), annotated("qmh-tape", "tape=true")];
+    let refused =
+        [annotated("qmh-false", "ttys=false"), annotated("qmh-case", "ttys=True"), annotated("qmh-tape", "tape=true")];
     let granted = [annotated("qmh-1", "ttys=1"), annotated("qmh-yes", "ttys=yes")];
     for c in &granted {
         assert_has_ttys(c);
@@ -103,7 +112,8 @@ fn a_container_that_ends_leaves_nothing(runtime: &str) {
     assert_has_ttys(&stays);
     let device = block(42);
     // By itself, killed, stopped by podman, removed by podman.
-    let ends: [(&str, &dyn Fn(&Container)); 4] = [
+    type End<'a> = &'a dyn Fn(&Container);
+    let ends: [(&str, End<'_>); 4] = [
         ("exits", &|c| drop(c.exec(&["kill", "1"]))),
         ("killed", &|c| drop(crate::support::run("kill", &["-KILL", &c.pid().to_string()]))),
         ("stopped", &|c| drop(podman(&["stop", "-t", "0", &c.name]))),
@@ -146,7 +156,8 @@ fn many_containers_at_once(runtime: &str) {
     let _agent = Agent::start();
     let names: Vec<String> = (0..6).map(|n| format!("qmh-many-{n}")).collect();
     let all: Vec<Container> = std::thread::scope(|scope| {
-        let starts: Vec<_> = names.iter().map(|name| scope.spawn(move || Container::start(runtime, name, &TTYS))).collect();
+        let starts: Vec<_> =
+            names.iter().map(|name| scope.spawn(move || Container::start(runtime, name, &TTYS))).collect();
         starts.into_iter().map(|start| start.join().unwrap()).collect()
     });
     for c in &all {

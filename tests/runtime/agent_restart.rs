@@ -12,7 +12,7 @@ use crate::Case;
 use crate::agent::{TTYS, assert_has_no_ttys, assert_has_ttys};
 use crate::attach::REFUSED;
 use crate::plug::{block, console};
-use crate::state::{State, entries, entries_of, observe, programs_on};
+use crate::state::{State, entries, entries_of, observe};
 use crate::support::podman::{Container, podman};
 use crate::support::{Agent, assert_nothing_left, grants, qm, run, wait_for};
 
@@ -48,7 +48,10 @@ fn grants_stay_and_are_adopted(runtime: &str) {
     let holds = |when: &str| {
         assert_eq!(observe(&inits), before, "{when}");
         assert_eq!(inode(), node, "{when}: the node is not made anew");
-        assert!(c.opens("<>", "/dev/tty3") && other.opens("<>", &device.path) && other.opens("<", "/dev/a/b"), "{when}");
+        assert!(
+            c.opens("<>", "/dev/tty3") && other.opens("<>", &device.path) && other.opens("<", "/dev/a/b"),
+            "{when}"
+        );
         assert_eq!(grants().len(), 10, "{when}");
     };
     holds("before");
@@ -102,7 +105,12 @@ fn what_came_while_it_was_down_is_granted(runtime: &str) {
     podman(&["restart", "-t", "0", &first.name]).ok();
     let started = Instant::now();
     let _agent = Agent::start();
-    assert_eq!((entries_of(&first.cgroup()).len(), entries_of(&second.cgroup()).len()), (8, 8), "{:?}", started.elapsed());
+    assert_eq!(
+        (entries_of(&first.cgroup()).len(), entries_of(&second.cgroup()).len()),
+        (8, 8),
+        "{:?}",
+        started.elapsed()
+    );
     assert_has_ttys(&first);
     assert_has_ttys(&second);
 }
@@ -117,15 +125,16 @@ fn what_nobody_granted_is_removed_and_told(runtime: &str) {
     let cgroup = root.open(&c.cgroup()).unwrap();
     let tty = |minor| Number { kind: Kind::Char, major: 4, minor };
     let filter = DeviceFilter::existing(&root).unwrap().unwrap();
-    filter.set(cgroup.id, Number { kind: Kind::Char, major: 1, minor: 11 }, Access::ALL).unwrap();
+    let device = block(46);
+    filter.set(cgroup.id, Number { kind: Kind::Block, major: 7, minor: 46 }, Access::ALL).unwrap();
     filter.set(cgroup.id, tty(3), Access::READ).unwrap();
     filter.set(cgroup.id, tty(4), Access::NONE).unwrap();
     filter.unmark(&cgroup).unwrap();
-    c.past_the_filter("mknod /dev/kmsg c 1 11").ok();
-    assert!(c.opens("<", "/dev/kmsg"), "the entry is in force");
+    c.past_the_filter(&format!("mknod {} {}", device.path, device.numbers())).ok();
+    assert!(c.opens("<", &device.path), "the entry is in force");
     let agent = Agent::start();
-    assert_eq!(c.open("<", "/dev/kmsg"), REFUSED.map_err(Into::into));
-    assert!(agent.log().contains("c 1:11 that nobody granted"), "{}", agent.log());
+    assert_eq!(c.open("<", &device.path), REFUSED.map_err(Into::into));
+    assert!(agent.log().contains("b 7:46 that nobody granted"), "{}", agent.log());
     assert_has_ttys(&c);
     assert!(filter.is_marked(&cgroup).unwrap());
     assert!(c.opens("<>", "/dev/tty4"));

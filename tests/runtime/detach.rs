@@ -12,6 +12,7 @@ pub(crate) const CASES: &[Case] = &[
     ("detach::an_unplugged_device", an_unplugged_device),
     ("detach::what_the_container_put_in_its_place_stays", what_the_container_put_in_its_place_stays),
     ("detach::a_node_of_the_containers_own_stays", a_node_of_the_containers_own_stays),
+    ("detach::who_has_it_open_still_is_named", who_has_it_open_still_is_named),
     ("detach::what_is_not_attached_is_named", what_is_not_attached_is_named),
     ("detach::the_last_one_takes_the_programs_along", the_last_one_takes_the_programs_along),
 ];
@@ -30,6 +31,16 @@ fn by_destination_by_device_and_by_link(runtime: &str) {
         c.sh("rm /dev/byhand").ok();
         assert_eq!(observe(&[c.pid()]), before, "{name}: everything is as it was");
     }
+}
+
+fn who_has_it_open_still_is_named(runtime: &str) {
+    let device = block(43);
+    let c = Container::start(runtime, "qmh-holder", &[]);
+    qm(&["attach", &c.name, &device.path]).ok();
+    c.sh(&format!("sleep 77 3<{} >/dev/null 2>&1 &", device.path)).ok();
+    let said = qm(&["detach", &c.name, &device.path]).ok();
+    assert!(said.contains("is gone; still open in ") && said.contains("(sleep), where it stays usable"), "{said}");
+    assert_eq!(c.open("<", &device.path), Err("no device node".into()));
 }
 
 fn an_unplugged_device(runtime: &str) {
@@ -80,9 +91,13 @@ fn what_is_not_attached_is_named(runtime: &str) {
     let (c, d) = (Container::start(runtime, "qmh-named", &[]), Container::start(runtime, "qmh-named-2", &[]));
     qm(&["attach", &c.name, &device.path]).ok();
     let pids = [c.pid(), d.pid()];
-    for (name, path) in
-        [(&c.name, &other.path[..]), (&c.name, "/dev/nothing"), (&c.name, "loop44"), (&c.name, "/dev/null"), (&d.name, &device.path)]
-    {
+    for (name, path) in [
+        (&c.name, &other.path[..]),
+        (&c.name, "/dev/nothing"),
+        (&c.name, "loop44"),
+        (&c.name, "/dev/null"),
+        (&d.name, &device.path),
+    ] {
         let line = refused(&pids, || qm(&["detach", name, path]), 4, path);
         assert!(line.contains(&format!("'{name}'")), "{line}");
     }

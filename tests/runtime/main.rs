@@ -28,6 +28,8 @@ use support::podman;
 
 /// A case: its name and what it does with containers of a runtime. It fails by panicking.
 type Case = (&'static str, fn(&str));
+/// A case that needs no container, or one of one runtime only.
+type CaseOnce = (&'static str, fn());
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -47,26 +49,39 @@ fn main() {
         refused_destinations::CASES,
         refused_containers::CASES,
     ];
-    let trials = cases.into_iter().flatten().flat_map(|(name, case)| {
-        podman::RUNTIMES.map(|runtime| {
-            Trial::test(format!("{name}::{runtime}"), move || {
-                let result = catch_unwind(|| case(runtime));
-                let cleaned = catch_unwind(AssertUnwindSafe(clean));
-                result.and(cleaned).unwrap_or_else(|panic| resume_unwind(panic));
-                Ok(())
-            })
-        })
-    });
+    let each = |(name, case): &Case| {
+        let case = *case;
+        podman::RUNTIMES.map(|runtime| trial(format!("{name}::{runtime}"), move || case(runtime)))
+    };
+    let mut trials: Vec<Trial> = cases.into_iter().flatten().flat_map(each).collect();
+    for (name, case) in [agent_socket::ONCE, refusals::ONCE, refused_containers::ONCE].into_iter().flatten() {
+        trials.push(trial((*name).to_owned(), case));
+    }
     if !arguments.list {
         support::enter();
     }
-    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    let conclusion = libtest_mimic::run(&arguments, trials);
     if !arguments.list {
         podman::clean_up();
         plug::remove_links();
         let _ = std::fs::remove_file(std::env::temp_dir().join(format!("qm-hotplug-agent-{}.log", std::process::id())));
     }
     conclusion.exit();
+}
+
+/// With `TIMES` in the environment says how long each case took.
+fn trial(name: String, case: impl Fn() + Send + 'static) -> Trial {
+    let shown = name.clone();
+    Trial::test(name, move || {
+        let started = std::time::Instant::now();
+        let result = catch_unwind(AssertUnwindSafe(case));
+        if std::env::var_os("TIMES").is_some() {
+            eprintln!("TIME {:.2} {shown}", started.elapsed().as_secs_f64());
+        }
+        let cleaned = catch_unwind(AssertUnwindSafe(clean));
+        result.and(cleaned).unwrap_or_else(|panic| resume_unwind(panic));
+        Ok(())
+    })
 }
 
 /// Takes out what a case may have left, and looks whether anything of ours is still there.
@@ -77,5 +92,9 @@ fn clean() {
     support::assert_nothing_left();
     assert_eq!(state::ledger(), Default::default(), "the ledger is empty");
     let left = std::fs::read_dir("/dev").unwrap().flatten().map(|entry| entry.file_name());
-    assert_eq!(left.filter(|name| name.to_string_lossy().starts_with(".qm-hotplug")).count(), 0, "half-made nodes in /dev");
+    assert_eq!(
+        left.filter(|name| name.to_string_lossy().starts_with(".qm-hotplug")).count(),
+        0,
+        "half-made nodes in /dev"
+    );
 }

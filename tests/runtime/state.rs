@@ -82,16 +82,10 @@ pub(crate) fn ledger() -> BTreeMap<String, String> {
 fn list(path: &Path, files: &mut BTreeMap<String, String>) {
     let Ok(found) = fs::symlink_metadata(path) else { return };
     let kind = found.file_type();
-    let mut what = format!(
-        "{:o} {}:{} {:x} {}",
-        found.mode(),
-        found.uid(),
-        found.gid(),
-        found.rdev(),
-        found.ino()
-    );
+    let mut what = format!("{:o} {}:{} {:x} {}", found.mode(), found.uid(), found.gid(), found.rdev(), found.ino());
     if !kind.is_dir() && !kind.is_char_device() {
-        what += &format!(" {} {} {} {:?}", found.size(), found.mtime_nsec(), found.ctime_nsec(), fs::read_link(path).ok());
+        what +=
+            &format!(" {} {} {} {:?}", found.size(), found.mtime_nsec(), found.ctime_nsec(), fs::read_link(path).ok());
     }
     files.insert(path.display().to_string(), what);
     if kind.is_dir() && !path.ends_with("dev/pts") {

@@ -100,7 +100,6 @@ impl Container {
 
     /// Starts a container with options for podman itself, those that come before `run`.
     pub fn start_under(global: &[&str], runtime: &str, name: &str, options: &[&str], command: &[&str]) -> Container {
-        podman(&["rm", "-f", "-t", "0", "-i", name]);
         let rootfs = place().join("rootfs");
         let mut args = global.to_vec();
         args.extend(["--runtime", runtime, "run", "-d", "--name", name, "--network", "none"]);
@@ -144,10 +143,10 @@ impl Container {
         self.open(how, path).is_ok()
     }
 
-    /// Runs a shell line in the container's mount namespace but in the host's cgroup: past the device filter.
+    /// Runs a shell line in the container's namespaces but in the host's cgroup: past the device filter.
     pub fn past_the_filter(&self, line: &str) -> Said {
         let pid = self.pid().to_string();
-        run("nsenter", &["-t", &pid, "-m", "--", "/bin/busybox", "sh", "-c", line])
+        run("nsenter", &["-t", &pid, "-m", "-p", "--", "/bin/busybox", "sh", "-c", line])
     }
 
     /// What lies at a path inside, links not followed.
@@ -160,8 +159,15 @@ impl Container {
         self.look(path).map(|found| describe(&found))
     }
 
-    /// Process id of its init on the host.
+    /// Process id of its init on the host; 0 where it does not run.
     pub fn pid(&self) -> u32 {
+        // The runtime's state says it too, and is read in no time.
+        let (file, field) = if self.runtime == "crun" { ("status", "pid") } else { ("state.json", "init_process_pid") };
+        let state = std::fs::read(format!("/run/{}/{}/{file}", self.runtime, self.id)).unwrap_or_default();
+        let state: serde_json::Value = serde_json::from_slice(&state).unwrap_or_default();
+        if let Some(pid) = state[field].as_u64() {
+            return pid as u32;
+        }
         podman(&["inspect", "-f", "{{.State.Pid}}", &self.name]).ok().trim().parse().unwrap()
     }
 
