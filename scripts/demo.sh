@@ -44,16 +44,7 @@ main() {
     binary=$(readlink -f "$binary")
     device=$(choose_device "$device")
     be_alone "$binary"
-
-    local directory made=()
-    for directory in "${run_directories[@]}"; do
-        if [[ ! -d $directory ]]; then
-            mkdir -m 0700 "$directory"
-            made+=("$directory")
-        fi
-    done
-    exec unshare --mount --propagation private -- "$BASH" "$0" --inside \
-        "$(mktemp -d /tmp/qm-hotplug-demo.XXXXXX)" "$binary" "$device" "${made[@]}"
+    exec unshare --mount --propagation private -- "$BASH" "$0" --inside "$binary" "$device"
 }
 
 # The device filter is one for the whole kernel: neither an installed agent nor a test may be at work on it.
@@ -74,13 +65,14 @@ be_alone() {
 # Prints keyboard or console: the one that was asked for, or the first that this kernel can make.
 choose_device() {
     if [[ $1 != console ]]; then
-        # Loaded by opening its node on most systems; where the node is missing too this helps.
+        # Most systems have the node and load the module when it is opened; others do not.
         modprobe --quiet uinput || true
         if [[ -c /dev/uinput ]]; then
             echo keyboard
             return
         fi
         [[ $1 != keyboard ]] || die "this kernel has no uinput, so no virtual keyboard can be made: try --device console"
+        say "this kernel has no uinput, so no virtual keyboard can be made: a virtual console takes its place"
     fi
     [[ -c /dev/tty0 && -e /sys/class/vc ]] || die "this kernel has neither uinput nor virtual consoles, so no device can be hot-plugged here"
     echo console
@@ -89,15 +81,15 @@ choose_device() {
 # --- from here on in the mount namespace of its own ---
 
 inside() {
-    work=$1 binary=$2 device=$3
-    made=("${@:4}")
-    agent='' plugged='' number='' ended=''
+    binary=$1 device=$2
+    work='' made=() agent='' plugged='' number='' ended='' manager='' controllers=''
     trap clean_up EXIT
     trap 'exit 129' HUP
     trap 'exit 130' INT
     trap 'exit 143' TERM
-    # One line of the log, one colour.
+    # The agent's log goes to a file here: in one colour, and not to the journal when this runs below a service.
     export NO_COLOR=1 LC_ALL=C
+    unset JOURNAL_STREAM
 
     prepare
     begin
@@ -110,22 +102,29 @@ inside() {
 # What the demo sees is its own: its ledger and socket, the containers that the agent finds, Podman's locks.
 prepare() {
     local directory applet
+    for directory in "${run_directories[@]}"; do
+        if [[ ! -d $directory ]]; then
+            made+=("$directory")
+            mkdir -m 0700 "$directory"
+        fi
+    done
+    work=$(mktemp -d /tmp/qm-hotplug-demo.XXXXXX)
     for directory in "$work" "${run_directories[@]}" /dev/shm; do
         mount -t tmpfs -o mode=0700 qm-hotplug-demo "$directory"
     done
     if [[ $(stat -f -c %T /sys/fs/cgroup) != cgroup2fs ]]; then
         # A hybrid host: Podman and runc shall find the unified hierarchy where they look for it.
         mount -t cgroup2 qm-hotplug-demo /sys/fs/cgroup
-        manager=cgroupfs
     elif [[ -d /run/systemd/system && -S /run/dbus/system_bus_socket ]]; then
         manager=systemd
-    else
+    fi
+    if [[ -z $manager ]]; then
+        if [[ ! -d /sys/fs/cgroup/libpod_parent ]]; then
+            made+=(/sys/fs/cgroup/libpod_parent)
+        fi
+        controllers=$(</sys/fs/cgroup/cgroup.subtree_control)
         manager=cgroupfs
     fi
-    if [[ ! -d /sys/fs/cgroup/libpod_parent ]]; then
-        made+=(/sys/fs/cgroup/libpod_parent)
-    fi
-    controllers=$(</sys/fs/cgroup/cgroup.subtree_control)
 
     mkdir -p "$work"/rootfs/{bin,dev,etc,proc,run,sys,tmp} "$work/hooks"
     cp "$(command -v busybox)" "$work/rootfs/bin/busybox"
@@ -140,32 +139,49 @@ pod() {
         --cgroup-manager "$manager" --events-backend none --hooks-dir "$work/hooks" --runtime runc "$@"
 }
 
+# quietly COMMAND...: leaves what it prints in $said. Not $(...), in which a trap may fail to run (bash 5.2).
+quietly() {
+    local status=0
+    ("$@") >"$work/said" 2>&1 || status=$?
+    said=$(<"$work/said")
+    return "$status"
+}
+
 # start NAME [OPTION...]: a container that sleeps.
 start() {
     local name=$1
     shift
     # The limits: what a machine without CAP_SYS_RESOURCE can set. AppArmor: runc's own profile on Ubuntu may not
     # send signals into containers, so that they could not be ended.
-    pod run --detach --name "$name" --network none --log-driver none --security-opt apparmor=unconfined \
+    quietly pod run --detach --name "$name" --network none --log-driver none --security-opt apparmor=unconfined \
         --pids-limit=-1 --ulimit nofile=1024:1024 --ulimit nproc=1024:1024 "$@" \
-        --rootfs "$work/rootfs:O" sleep 1000 >"$work/podman.log" 2>&1 || fail "the container did not start: $(<"$work/podman.log")"
+        --rootfs "$work/rootfs:O" sleep 1000 || fail "the container did not start: $said"
 }
 
-# in_container NAME SHELL-LINE
+# in_container NAME SHELL-LINE: its output is left in $said.
 in_container() {
-    pod exec "$1" sh -c "$2" 2>&1
+    quietly pod exec "$1" sh -c "$2"
 }
 
 begin() {
-    printf 'qm-hotplug %s, Linux %s, %s, %s\n' "$("$binary" --version | cut -d' ' -f2)" "$(uname -r)" \
-        "$(podman --version)" "$(runc --version | head -n 1)"
+    local programs=''
+    version "$binary" --version
+    version uname -sr
+    version podman --version
+    version runc --version
+    echo "${programs#, }"
     case $device in
     keyboard) echo "A virtual keyboard is plugged in; a running container has asked for input devices by annotation." ;;
-    console) echo "A virtual console is plugged in and attached to a running container by hand (this kernel has no uinput)." ;;
+    console) echo "A virtual console is plugged in and attached to a running container by hand." ;;
     esac
     echo
     started=${EPOCHREALTIME/[.,]/}
     last=$started
+}
+
+version() {
+    quietly "$@"
+    programs+=", ${said%%$'\n'*}"
 }
 
 # step TEXT: one line of the timeline: when, how long since the line before, what.
@@ -185,6 +201,7 @@ fail() {
 }
 
 start_agent() {
+    : >"$work/agent.log"
     "$binary" agent 2>"$work/agent.log" </dev/null &
     agent=$!
     await 'INFO ready' "the agent to be ready"
@@ -195,7 +212,8 @@ start_agent() {
 await() {
     local tries
     for ((tries = 0; tries < 1000; tries++)); do
-        if heard=$(grep -m 1 -e "$1" "$work/agent.log"); then
+        if grep -m 1 -e "$1" "$work/agent.log" >"$work/heard"; then
+            heard=$(<"$work/heard")
             return
         fi
         sleep 0.01
@@ -209,21 +227,21 @@ micros() {
 }
 
 show_keyboard() {
-    local node others
+    local node
     start demo --annotation org.containers.qm.device.input=true
     step "container 'demo' runs, annotated org.containers.qm.device.input=true"
     start bystander --cap-add MKNOD
     step "container 'bystander' runs, without annotation"
     start_agent
-    others=$(in_container demo 'ls /dev/input 2>/dev/null' | tr '\n' ' ') || true
-    step "in demo, /dev/input has: ${others:-nothing}"
+    in_container demo 'ls /dev/input 2>/dev/null' || true
+    step "in demo, /dev/input has: $(tr '\n' ' ' <<<"${said:-nothing}")"
 
     plug_keyboard
     node=/dev/input/$(basename "$(dirname "$(dirname "$(find_keyboard)")")")
     step "PLUGGED IN: the kernel made $node"
     await "granted $node " "$node to be granted"
     step "granted to demo: event received → openable in $(micros "$heard") µs"
-    show_use "$node" "</dev/null 3<$node"
+    show_use "$node"
 
     unplug_keyboard
     step "UNPLUGGED"
@@ -244,36 +262,36 @@ show_console() {
     before=${EPOCHREALTIME/[.,]/}
     "$binary" attach demo "$node" >"$work/attach.log" || fail "attach failed"
     before=$((${EPOCHREALTIME/[.,]/} - before))
-    step "qm-hotplug attach demo $node: done, the whole command in $before µs"
-    show_use "$node" "</dev/null 3<$node"
+    step "qm-hotplug attach demo $node: done, openable; the whole command took $(printf '%.1f' "${before}e-3") ms"
+    show_use "$node"
 
-    unplug_console
+    unplug_console || fail "the console /dev/tty$number stays in use"
     step "UNPLUGGED"
     show_end "$node"
 }
 
-# show_use NODE REDIRECTION: it opens in demo, and in no other container.
+# show_use NODE: it opens in demo, and in no other container.
 show_use() {
-    local node=$1 said type major minor
-    said=$(in_container demo "exec $2 && ls -l $node") || fail "it does not open in demo: $said"
-    step "demo opens it: $said"
-    type=c major=$((0x$(stat -c %t "$node"))) minor=$((0x$(stat -c %T "$node")))
-    if said=$(in_container bystander "mknod /tmp/copy $type $major $minor && exec $2 3</tmp/copy"); then
+    local node=$1 major minor
+    in_container demo "exec 3<$node && ls -l $node" || fail "it does not open in demo: $said"
+    step "demo opens it (through podman exec): $said"
+    major=$((0x$(stat -c %t "$node"))) minor=$((0x$(stat -c %T "$node")))
+    if in_container bystander "mknod /dev/copy c $major $minor && exec 3</dev/copy"; then
         fail "bystander could open it too"
     fi
     [[ $said == *'peration not permitted'* ]] || fail "bystander failed in another way: $said"
-    step "bystander makes a node with the same numbers: ${said##*: }"
+    step "bystander makes a node with the same numbers and is refused: ${said##*: }"
 }
 
 show_end() {
-    local node=$1 said
+    local node=$1
     await "revoked $node\$\|revoked $node " "$node to be revoked"
     step "node and right are taken back: event received → gone in $(micros "$heard") µs"
-    if said=$(in_container demo "ls -l $node"); then
+    if in_container demo "ls -l $node"; then
         fail "the node is still there: $said"
     fi
     [[ $("$binary" list --json) != *"$node"* ]] || fail "the grant is still listed"
-    step "in demo: $said"
+    step "in demo, $said"
 }
 
 # A keyboard with one key that is never pressed (linux/uinput.h: UI_SET_EVBIT, UI_SET_KEYBIT, struct uinput_user_dev,
@@ -319,9 +337,18 @@ console_is_there() {
 }
 
 unplug_console() {
+    local tries
     end_process "$plugged"
     plugged=''
-    busybox deallocvt "$number"
+    # The kernel lets go of a closed terminal a moment later.
+    for ((tries = 0; tries < 200; tries++)); do
+        if busybox deallocvt "$number" 2>/dev/null; then
+            # Not a bare `return`: in a trap that returns the status from before the trap.
+            return 0
+        fi
+        sleep 0.01
+    done
+    return 1
 }
 
 # wait_until COMMAND WHAT
@@ -354,11 +381,12 @@ clean_up() {
         end_process "$agent"
         "$binary" agent --release
     fi
-    if [[ -n $plugged ]]; then
-        "unplug_$device"
+    if [[ -n $plugged ]] && ! "unplug_$device"; then
+        echo "the console /dev/tty$number stays allocated" >&2
     fi
-    if [[ -d $work/storage ]]; then
-        pod rm --all --force --time 0 >/dev/null 2>"$work/podman.log" || cat "$work/podman.log" >&2
+    # An interrupted Podman may need a second call.
+    if [[ -n $work && -d $work/storage ]] && ! quietly pod rm --all --force --time 0; then
+        quietly pod rm --all --force --time 0 || echo "$said" >&2
     fi
     # Podman's monitors end a moment after their containers.
     for ((left = 0; left < 500; left++)); do
@@ -367,21 +395,29 @@ clean_up() {
     done
     left=$(others_here)
     [[ -z $left ]] || echo "still running: $left" >&2
-    umount "${run_directories[@]}" /dev/shm
-    # Mounts that Podman made below it go with it.
-    umount --recursive "$work"
-    rmdir "$work"
+    # The other mounts end with the namespace.
+    if [[ -n $work ]]; then
+        if mountpoint -q "$work"; then
+            umount --recursive "$work"
+        fi
+        rmdir "$work"
+    fi
     for directory in "${made[@]}"; do
+        if mountpoint -q "$directory"; then
+            umount "$directory"
+        fi
         if [[ -d $directory ]]; then
             find "$directory" -xdev -depth -type d -exec rmdir {} +
         fi
     done
-    # What Podman switched on for its cgroup.
-    for controller in $(</sys/fs/cgroup/cgroup.subtree_control); do
-        if [[ " $controllers " != *" $controller "* && $manager == cgroupfs ]]; then
-            echo "-$controller" >/sys/fs/cgroup/cgroup.subtree_control
-        fi
-    done
+    if [[ $manager == cgroupfs ]]; then
+        # What Podman switched on for its cgroups.
+        for controller in $(</sys/fs/cgroup/cgroup.subtree_control); do
+            if [[ " $controllers " != *" $controller "* ]]; then
+                echo "-$controller" >/sys/fs/cgroup/cgroup.subtree_control
+            fi
+        done
+    fi
     set -e
     return "$status"
 }
@@ -391,7 +427,7 @@ others_here() {
     local process
     for process in /proc/[0-9]*; do
         if [[ ${process#/proc/} != "$$" && ${process#/proc/} != "$BASHPID" && $process/ns/mnt -ef /proc/self/ns/mnt ]]; then
-            printf '%s ' "$(tr '\0' ' ' <"$process/cmdline" 2>/dev/null)"
+            printf '%s ' "$(tr '\0' ' ' 2>/dev/null <"$process/cmdline")"
         fi
     done
 }

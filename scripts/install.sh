@@ -51,9 +51,9 @@ program=$destdir$prefix/bin/qm-hotplug
 hook=$destdir$prefix/share/containers/oci/hooks.d/qm-hotplug.json
 unit=$destdir$prefix/lib/systemd/system/qm-hotplug.service
 
-# Whether this is about the running system, and systemd runs it.
+# Whether this is about the running system, systemd runs it, and looks for units there.
 has_systemd() {
-    [[ -z $destdir && -d /run/systemd/system ]]
+    [[ -z $destdir && -d /run/systemd/system && $prefix =~ ^(/usr|/usr/local)$ ]]
 }
 
 # put MODE FILE < CONTENT: whole or not at all. Containers may be starting, and each starts the hook and its program.
@@ -108,7 +108,11 @@ uninstall_all() {
             "$program" agent --release ||
                 die "not everything could be taken out (the reason is above); $program is still there to try again"
         fi
-        rm -rf --one-file-system /run/qm-hotplug
+        if [[ -d /run/qm-hotplug ]]; then
+            find /run/qm-hotplug -xdev -mindepth 1 -delete
+            # Not there any more, but for a mount point.
+            rmdir /run/qm-hotplug 2>/dev/null || true
+        fi
     fi
     rm -f "$unit" "$program"
     if has_systemd; then

@@ -64,8 +64,8 @@ fn wait_for_lock() -> Result<Executor> {
 async fn serve(mut executor: Executor) -> Result<()> {
     // Subscribe first, then look: what happens in between is in the channel.
     let (sender, mut news) = mpsc::channel(QUEUE);
-    let exits = watch::start(sender).map_err(Error::host("subscribe to device and container events"))?;
-    let mut registry = Registry::new(exits);
+    let watched = watch::start(sender).map_err(Error::host("subscribe to device and container events"))?;
+    let mut registry = Registry::new(watched);
     reconcile::everything(&mut executor, &mut registry);
 
     let path = client::socket_path();
@@ -123,9 +123,10 @@ fn hear(executor: &mut Executor, registry: &mut Registry, News { at, what }: New
         What::Plugged(device) => reconcile::plugged(executor, registry, *device, at),
         What::Unplugged(event) => reconcile::unplugged(executor, registry, &event.devpath, at),
         What::State(directory, id) => reconcile::container(executor, registry, directory, &id, at),
+        What::Cgroup(id) => reconcile::mark_again(executor, &id),
         What::Exited(token) => {
             if let Some(id) = registry.forget(token) {
-                reconcile::ended(executor, &id);
+                reconcile::ended(executor, registry, &id);
             }
         }
         What::Lost => {
@@ -145,7 +146,7 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
         result = carry_out(executor, registry, request);
     }
     for entry in executor.ledger.entries() {
-        registry.follow(&entry.grant.holder);
+        registry.follow(&executor.cgroups, &entry.grant.holder);
     }
     result.unwrap_or_else(|error| {
         tracing::info!("refused: {}", error.chain());

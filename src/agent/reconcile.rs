@@ -26,10 +26,10 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     let observed = executor.ledger.entries().to_vec();
     let stays = |entry: &&Entry| manual_and_valid(entry) || is_undecided(entry, registry);
     desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
-    carry_out(executor, &desired, &observed, is_unplugged, None);
+    carry_out(executor, registry, &desired, &observed, is_unplugged, None);
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
-        registry.follow(&entry.grant.holder);
+        registry.follow(&executor.cgroups, &entry.grant.holder);
     }
 }
 
@@ -54,38 +54,45 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
             && entry.grant.device.identity == device.identity
     };
     desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
-    carry_out(executor, &desired, &observed, is_unplugged, Some(since));
+    carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
     registry.devices.insert(devpath, device);
 }
 
 /// A device is gone: from all containers.
 pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, devpath: &str, since: Instant) {
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == devpath);
-    carry_out(executor, &[], &observed, |_| true, Some(since));
+    carry_out(executor, registry, &[], &observed, |_| true, Some(since));
     registry.devices.remove(devpath);
 }
 
-/// A container's state appeared or changed. A runtime's update may have detached the mark: it is put back.
+/// A container's state appeared or changed.
 pub(super) fn container(executor: &mut Executor, registry: &mut Registry, directory: usize, id: &str, since: Instant) {
     let Some(container) = runtime::load(&runtime::STATE_DIRECTORIES[directory], id) else { return };
     let is_new = registry.learn(&executor.cgroups, container);
     let observed = entries(executor, |entry| entry.grant.holder.id == id);
-    if let (false, Some(entry)) = (is_new, observed.first()) {
-        if let Err(error) = executor.mark(&entry.grant.holder) {
-            tracing::debug!("{}", error.chain());
-        }
-        return;
+    if !is_new && !observed.is_empty() {
+        return mark_again(executor, id);
     }
     let Some(known) = registry.containers.get(id) else { return };
     let mut desired: Vec<Grant> = wanted(known, registry.devices.values());
     desired.extend(observed.iter().filter(|entry| manual_and_valid(entry)).map(|entry| entry.grant.clone()));
-    carry_out(executor, &desired, &observed, is_unplugged, Some(since));
+    carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
+}
+
+/// A runtime's update may have detached the mark of a container with grants: it is put back.
+pub(super) fn mark_again(executor: &mut Executor, id: &str) {
+    let Some(entry) = executor.ledger.entries().iter().find(|entry| entry.grant.holder.id == id) else { return };
+    let holder = entry.grant.holder.clone();
+    if let Err(error) = executor.mark(&holder) {
+        tracing::debug!("{}", error.chain());
+    }
 }
 
 /// A container ended.
-pub(super) fn ended(executor: &mut Executor, id: &str) {
+pub(super) fn ended(executor: &mut Executor, registry: &mut Registry, id: &str) {
     let observed = entries(executor, |entry| entry.grant.holder.id == id && has_ended(entry));
-    carry_out(executor, &[], &observed, is_unplugged, None);
+    observed.iter().for_each(|entry| registry.unfollow(&entry.grant.holder));
+    carry_out(executor, registry, &[], &observed, is_unplugged, None);
 }
 
 /// Another device that is plugged in and has the grant's path in its container already.
@@ -136,6 +143,7 @@ fn is_undecided(entry: &Entry, registry: &Registry) -> bool {
 /// Each change by itself: one that fails is logged and does not stop the others.
 fn carry_out(
     executor: &mut Executor,
+    registry: &mut Registry,
     desired: &[Grant],
     observed: &[Entry],
     unplugged: impl Fn(&Entry) -> bool,
@@ -151,6 +159,9 @@ fn carry_out(
         let (container, device) = (grant.holder.label(), grant.device.number.to_string());
         match result {
             Ok(placement) => {
+                if matches!(change, Change::Add(_)) {
+                    registry.follow(&executor.cgroups, &grant.holder);
+                }
                 let whose = if placement == Placement::Host { ", the host's own node" } else { "" };
                 tracing::info!(container, device, micros, "{what} {}{whose}", grant.node.path);
             }

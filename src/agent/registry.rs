@@ -1,8 +1,8 @@
 //! What the agent knows now: the devices of the host, and the containers that run.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use crate::agent::watch::Exits;
+use crate::agent::watch::Watched;
 use crate::core::annotation::{Rule, rules};
 use crate::core::container::Container;
 use crate::core::device::Device;
@@ -35,12 +35,20 @@ pub(super) struct Registry {
     pub(super) containers: HashMap<String, Known>,
     /// Containers named by `pid:N` that have grants, by id; their end matters too.
     others: HashMap<String, (Process, u64)>,
-    exits: Exits,
+    /// Ids of the cgroups that are watched, those of containers with grants.
+    cgroups: BTreeSet<u64>,
+    watched: Watched,
 }
 
 impl Registry {
-    pub(super) fn new(exits: Exits) -> Registry {
-        Registry { devices: BTreeMap::new(), containers: HashMap::new(), others: HashMap::new(), exits }
+    pub(super) fn new(watched: Watched) -> Registry {
+        Registry {
+            devices: BTreeMap::new(),
+            containers: HashMap::new(),
+            others: HashMap::new(),
+            cgroups: BTreeSet::new(),
+            watched,
+        }
     }
 
     /// Takes in a container, or what is new about it. Returns whether it is a run that was not known before.
@@ -79,7 +87,7 @@ impl Registry {
                 }
             },
         };
-        let token = match self.exits.watch(&init) {
+        let token = match self.watched.watch_exit(&init) {
             Ok(token) => token,
             Err(error) => {
                 tracing::error!(container = container.label(), "cannot watch for its end: {error}");
@@ -99,16 +107,27 @@ impl Registry {
         }
     }
 
-    /// Watches for the end of a container that is known from the ledger alone.
-    pub(super) fn follow(&mut self, holder: &Holder) {
+    /// Watches a container that has grants: for writes to its cgroup, and for its end where the ledger alone knows it.
+    pub(super) fn follow(&mut self, cgroups: &CgroupRoot, holder: &Holder) {
+        if self.cgroups.insert(holder.cgroup_id) {
+            let directory = cgroups.path.join(holder.cgroup.trim_start_matches('/'));
+            if let Err(error) = self.watched.watch_cgroup(&directory, &holder.id) {
+                tracing::debug!(container = holder.label(), "cannot watch {}: {error}", directory.display());
+            }
+        }
         if self.containers.contains_key(&holder.id) || self.others.contains_key(&holder.id) {
             return;
         }
         if let Some(process) = Process::open_same(holder.pid, holder.start_time)
-            && let Ok(token) = self.exits.watch(&process)
+            && let Ok(token) = self.watched.watch_exit(&process)
         {
             self.others.insert(holder.id.clone(), (process, token));
         }
+    }
+
+    /// Its cgroup is gone, and the kernel has ended the watch.
+    pub(super) fn unfollow(&mut self, holder: &Holder) {
+        self.cgroups.remove(&holder.cgroup_id);
     }
 
     /// Strikes the container whose init had this token. Returns its id.

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
@@ -20,20 +21,59 @@ enum Place {
     Directory(usize),
     /// A container's directory.
     Container(usize, String),
+    /// The cgroup of a container that has grants.
+    Cgroup(String),
 }
+
+/// What changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Changed {
+    /// A container's state appeared or changed: index into `STATE_DIRECTORIES`, and its id.
+    State(usize, String),
+    /// Somebody wrote to the cgroup of the container with this id, as a runtime's update does: it may have replaced the
+    /// device programs, and our mark with them (crun 1.21, `podman update`, which leaves `status` alone).
+    Cgroup(String),
+}
+
+/// Where cgroups are added to what is watched, also from another thread.
+#[derive(Debug, Clone)]
+pub(super) struct CgroupWatch {
+    inotify: Arc<Inotify>,
+    places: Arc<Mutex<HashMap<WatchDescriptor, Place>>>,
+}
+
+impl CgroupWatch {
+    /// Watches the cgroup of a container until that cgroup is removed.
+    pub(super) fn add(&self, directory: &Path, id: &str) -> io::Result<()> {
+        // Under the lock, so that no event comes before its place is known.
+        let mut places = lock(&self.places);
+        let descriptor =
+            self.inotify.add_watch(directory, AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_ONLYDIR)?;
+        places.insert(descriptor, Place::Cgroup(id.to_owned()));
+        Ok(())
+    }
+}
+
+/// Files of a cgroup that are written when processes come or are frozen: no update does that.
+const NO_UPDATE: [&str; 3] = ["cgroup.procs", "cgroup.threads", "cgroup.freeze"];
 
 /// The watches.
 #[derive(Debug)]
 pub(super) struct StateWatch {
-    inotify: Inotify,
-    places: HashMap<WatchDescriptor, Place>,
+    inotify: Arc<Inotify>,
+    places: Arc<Mutex<HashMap<WatchDescriptor, Place>>>,
 }
 
 impl StateWatch {
+    /// For adding cgroups.
+    pub(super) fn cgroups(&self) -> CgroupWatch {
+        CgroupWatch { inotify: Arc::clone(&self.inotify), places: Arc::clone(&self.places) }
+    }
+
     /// Watches what is there now, and the parents of what is not.
     pub(super) fn start() -> io::Result<StateWatch> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        let mut watch = StateWatch { inotify, places: HashMap::new() };
+        let mut watch = StateWatch { inotify: Arc::new(inotify), places: Arc::default() };
         for directory in &STATE_DIRECTORIES {
             let parent = Path::new(directory.path).parent().expect("a state directory is not the root");
             watch.add(parent, Place::Parent)?;
@@ -42,9 +82,9 @@ impl StateWatch {
         Ok(watch)
     }
 
-    /// The containers whose state appeared or changed since the last time: index of the state directory, and id. An
+    /// What appeared or changed since the last time. An
     /// error means that events were lost; everything that is there now is watched again then.
-    pub(super) fn receive(&mut self) -> io::Result<Vec<(usize, String)>> {
+    pub(super) fn receive(&mut self) -> io::Result<Vec<Changed>> {
         let mut changed = Vec::new();
         loop {
             let events = match self.inotify.read_events() {
@@ -58,11 +98,12 @@ impl StateWatch {
                     return Err(io::Error::other("the queue overflowed"));
                 }
                 if event.mask.contains(AddWatchFlags::IN_IGNORED) {
-                    self.places.remove(&event.wd);
+                    lock(&self.places).remove(&event.wd);
                     continue;
                 }
                 let name = event.name.as_deref().and_then(|name| name.to_str()).unwrap_or_default();
-                match self.places.get(&event.wd).cloned() {
+                let place = lock(&self.places).get(&event.wd).cloned();
+                match place {
                     Some(Place::Parent) if is_state_directory(name) => self.look_for_directories(&mut changed),
                     Some(Place::Directory(index)) if event.mask.contains(AddWatchFlags::IN_CREATE) => {
                         self.look_for_container(index, name, &mut changed);
@@ -70,8 +111,9 @@ impl StateWatch {
                     Some(Place::Container(index, id))
                         if name == STATE_DIRECTORIES[index].file || name == "exec.fifo" =>
                     {
-                        changed.push((index, id));
+                        changed.push(Changed::State(index, id));
                     }
+                    Some(Place::Cgroup(id)) if !NO_UPDATE.contains(&name) => changed.push(Changed::Cgroup(id)),
                     _ => {}
                 }
             }
@@ -85,13 +127,13 @@ impl StateWatch {
         let flags = match place {
             Place::Parent => AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO,
             Place::Directory(_) => AddWatchFlags::IN_CREATE,
-            Place::Container(..) => {
+            Place::Container(..) | Place::Cgroup(_) => {
                 AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE | AddWatchFlags::IN_CLOSE_WRITE
             }
         };
         match self.inotify.add_watch(path, flags | AddWatchFlags::IN_ONLYDIR) {
             Ok(descriptor) => {
-                self.places.insert(descriptor, place);
+                lock(&self.places).insert(descriptor, place);
                 Ok(true)
             }
             Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(false),
@@ -99,7 +141,7 @@ impl StateWatch {
         }
     }
 
-    fn look_for_directories(&mut self, changed: &mut Vec<(usize, String)>) {
+    fn look_for_directories(&mut self, changed: &mut Vec<Changed>) {
         for (index, directory) in STATE_DIRECTORIES.iter().enumerate() {
             match self.add(Path::new(directory.path), Place::Directory(index)) {
                 // Those that are already in it made their event before there was a watch.
@@ -114,10 +156,10 @@ impl StateWatch {
         }
     }
 
-    fn look_for_container(&mut self, index: usize, id: &str, changed: &mut Vec<(usize, String)>) {
+    fn look_for_container(&mut self, index: usize, id: &str, changed: &mut Vec<Changed>) {
         let path = Path::new(STATE_DIRECTORIES[index].path).join(id);
         match self.add(&path, Place::Container(index, id.to_owned())) {
-            Ok(true) => changed.push((index, id.to_owned())),
+            Ok(true) => changed.push(Changed::State(index, id.to_owned())),
             Ok(false) => {}
             Err(error) => tracing::error!(container = id, "cannot watch {}: {error}", path.display()),
         }
@@ -128,6 +170,10 @@ impl AsFd for StateWatch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.inotify.as_fd()
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn is_state_directory(name: &str) -> bool {

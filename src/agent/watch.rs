@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,7 +12,7 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
-use crate::agent::state_watch::StateWatch;
+use crate::agent::state_watch::{CgroupWatch, Changed, StateWatch};
 use crate::core::device::Device;
 use crate::core::uevent::{Action, Uevent};
 use crate::sys::udev::{self, UdevEvents};
@@ -37,6 +38,8 @@ pub(super) enum What {
     Lost,
     /// A container's state appeared or changed: index into `STATE_DIRECTORIES`, and its id.
     State(usize, String),
+    /// Somebody wrote to the cgroup of the container with this id.
+    Cgroup(String),
     /// The process with this token ended.
     Exited(u64),
 }
@@ -47,16 +50,22 @@ const STATE: u64 = 2;
 /// Tokens from here on stand for processes.
 const FIRST_PROCESS: u64 = 16;
 
-/// Where processes are added to what the thread waits for.
+/// Where processes and cgroups are added to what the thread waits for.
 #[derive(Debug)]
-pub(super) struct Exits {
+pub(super) struct Watched {
     epoll: Arc<OwnedFd>,
     next: u64,
+    cgroups: CgroupWatch,
 }
 
-impl Exits {
+impl Watched {
+    /// News of writes to this directory will carry the id.
+    pub(super) fn watch_cgroup(&self, directory: &Path, id: &str) -> io::Result<()> {
+        self.cgroups.add(directory, id)
+    }
+
     /// News of this process's end will carry the returned token. Closing the pidfd ends the watch.
-    pub(super) fn watch(&mut self, process: impl AsFd) -> io::Result<u64> {
+    pub(super) fn watch_exit(&mut self, process: impl AsFd) -> io::Result<u64> {
         let token = self.next;
         self.next += 1;
         let flags = EventFlags::IN | EventFlags::ONESHOT;
@@ -67,14 +76,14 @@ impl Exits {
 
 /// Subscribes to everything and starts the thread. What happens from now on is in the channel, so a scan that comes
 /// after this misses nothing.
-pub(super) fn start(news: Sender<News>) -> io::Result<Exits> {
+pub(super) fn start(news: Sender<News>) -> io::Result<Watched> {
     let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
     let kernel = KernelEvents::listen()?;
     let state = StateWatch::start()?;
     for (source, token) in [(kernel.as_fd(), KERNEL), (state.as_fd(), STATE)] {
         epoll::add(&*epoll, source, EventData::new_u64(token), EventFlags::IN)?;
     }
-    let exits = Exits { epoll: Arc::clone(&epoll), next: FIRST_PROCESS };
+    let watched = Watched { epoll: Arc::clone(&epoll), next: FIRST_PROCESS, cgroups: state.cgroups() };
     let (ready, is_ready) = std::sync::mpsc::channel();
     std::thread::Builder::new().name("watch".into()).spawn(move || {
         // libudev's objects must stay on the thread that made them.
@@ -88,7 +97,7 @@ pub(super) fn start(news: Sender<News>) -> io::Result<Exits> {
         }
     })?;
     is_ready.recv().map_err(|_| io::Error::other("the watch thread ended"))??;
-    Ok(exits)
+    Ok(watched)
 }
 
 fn listen_to_udev(epoll: &OwnedFd) -> io::Result<UdevEvents> {
@@ -199,7 +208,12 @@ impl Watch {
 
     fn read_state(&mut self) {
         match self.state.receive() {
-            Ok(changed) => changed.into_iter().for_each(|(directory, id)| self.tell(What::State(directory, id))),
+            Ok(changed) => changed.into_iter().for_each(|changed| {
+                self.tell(match changed {
+                    Changed::State(directory, id) => What::State(directory, id),
+                    Changed::Cgroup(id) => What::Cgroup(id),
+                });
+            }),
             Err(error) => {
                 tracing::warn!("inotify: {error}: looking at everything");
                 self.tell(What::Lost);

@@ -1,6 +1,6 @@
 //! Podman containers in the guest, without images and without a network.
 
-use crate::vm::Vm;
+use crate::vm::{SECONDS_10, Vm};
 
 /// The runtimes that both Debian releases have under Podman.
 pub(crate) const RUNTIMES: [&str; 2] = ["crun", "runc"];
@@ -24,14 +24,47 @@ impl<'vm> Container<'vm> {
     /// With Podman's output when it does not start.
     #[track_caller]
     pub(crate) fn run(vm: &'vm Vm, runtime: &str, name: &str, arguments: &str) -> Self {
-        let started = vm.ok(&format!(
-            "lab-rootfs /var/tmp/{name} && \
-             podman --runtime {runtime} run -d --name {name} --network=none {arguments} \
-             --rootfs /var/tmp/{name} sleep 100000 >/dev/null && \
-             podman inspect --format '{{{{.Id}}}} {{{{.State.Pid}}}}' {name}",
-        ));
-        let (id, pid) = started.split_once(' ').expect("an id and a pid");
-        Self { vm, name: name.to_owned(), id: id.to_owned(), pid: pid.parse().expect("a number") }
+        Self::run_all(vm, &[(runtime, name, arguments)]).remove(0)
+    }
+
+    /// Starts several at once, each with its runtime, name and arguments: that takes half as long.
+    ///
+    /// # Panics
+    /// With Podman's output when one does not start.
+    #[track_caller]
+    pub(crate) fn run_all(vm: &'vm Vm, wanted: &[(&str, &str, &str)]) -> Vec<Self> {
+        // Made first, so that those that did start are removed when another one does not.
+        let not_yet = |name: &str| Self { vm, name: name.to_owned(), id: String::new(), pid: 0 };
+        let mut containers: Vec<Self> = wanted.iter().map(|(_, name, _)| not_yet(name)).collect();
+        let mut script = String::from("pids=()\n");
+        for (runtime, name, arguments) in wanted {
+            script += &format!(
+                "(lab-rootfs /var/tmp/{name} && \
+                 podman --runtime {runtime} run -d --name {name} --network=none {arguments} \
+                 --rootfs /var/tmp/{name} sleep 100000 >/dev/null) &\npids+=($!)\n",
+            );
+        }
+        vm.ok(&format!("{script}for pid in ${{pids[@]}}; do wait $pid || exit; done"));
+        Self::look_up(vm, &mut containers);
+        containers
+    }
+
+    /// Starts containers anew; their first processes are others then.
+    #[track_caller]
+    pub(crate) fn restart_all(vm: &Vm, containers: &mut [Self]) {
+        vm.ok(&format!("podman restart --time 0 {}", names(containers)));
+        Self::look_up(vm, containers);
+    }
+
+    #[track_caller]
+    fn look_up(vm: &Vm, containers: &mut [Self]) {
+        let format = "{{.Id}} {{.State.Pid}}";
+        let shown = vm.ok(&format!("podman inspect --format '{format}' {}", names(containers)));
+        assert_eq!(shown.lines().count(), containers.len(), "{shown}");
+        for (container, line) in containers.iter_mut().zip(shown.lines()) {
+            let (id, pid) = line.split_once(' ').expect("an id and a pid");
+            (container.id, container.pid) = (id.to_owned(), pid.parse().expect("a number"));
+        }
     }
 
     /// A script line that runs `command` inside the container, with no help from Podman (which takes seconds here).
@@ -43,13 +76,93 @@ impl<'vm> Container<'vm> {
              exec nsenter --target {pid} --mount {command} )",
         )
     }
+
+    /// A script line that runs `command` in the container's mount namespace, but in the agent's own cgroup: as the
+    /// host's root does, whom the container's device filter does not concern.
+    pub(crate) fn outside(&self, command: &str) -> String {
+        format!("nsenter --target {} --mount {command}", self.pid)
+    }
+
+    /// What is at that path inside: kind, numbers, owner and mode; see [`node`].
+    #[track_caller]
+    pub(crate) fn node(&self, path: &str) -> String {
+        self.vm.ok(&self.outside(&stat(path)))
+    }
+
+    /// Waits until there is something at that path inside.
+    #[track_caller]
+    pub(crate) fn wait_for(&self, path: &str) {
+        let what = format!("{path} in {}", self.name);
+        self.vm.wait_ok(&what, SECONDS_10, &self.outside(&format!("test -e {path}")));
+    }
+
+    /// Waits until there is nothing at that path inside.
+    #[track_caller]
+    pub(crate) fn wait_for_no(&self, path: &str) {
+        let what = format!("{path} in {} to go", self.name);
+        self.vm.wait_ok(&what, SECONDS_10, &format!("! {}", self.outside(&format!("test -e {path}"))));
+    }
+
+    /// Opens a device for reading and writing, as a program inside would: `opens`, or why it does not.
+    #[track_caller]
+    pub(crate) fn open(&self, path: &str) -> String {
+        self.open_as("<>", path)
+    }
+
+    /// [`Container::open`] with a redirection of the shell: `<` for reading alone, `>` for writing alone.
+    #[track_caller]
+    pub(crate) fn open_as(&self, how: &str, path: &str) -> String {
+        // The node is looked for before, because the shell would make a file.
+        let open = format!("sh -c 'test -e {path} || exit 9; exec 3{how}{path}'");
+        let output = self.vm.sh_within(SECONDS_10, &self.inside(&open));
+        match output.status {
+            0 => "opens".to_owned(),
+            9 => "nothing is there".to_owned(),
+            124 => "hangs".to_owned(),
+            // "sh: can't open /dev/ttyUSB0: Operation not permitted"
+            _ => output.stderr.trim_end().rsplit(": ").next().unwrap_or_default().to_owned(),
+        }
+    }
+
+    /// Opens the device with these numbers (`c 188 0`) by a node that is made for this from outside.
+    #[track_caller]
+    pub(crate) fn open_by_hand(&self, numbers: &str) -> String {
+        let path = "/dev/by-hand";
+        self.vm.ok(&self.outside(&format!("mknod {path} {numbers}")));
+        let opened = self.open(path);
+        self.vm.ok(&self.outside(&format!("rm {path}")));
+        opened
+    }
+
+    /// The cgroup of its first process, below the root of cgroups. Its runtime's filter is there.
+    #[track_caller]
+    pub(crate) fn cgroup(&self) -> String {
+        self.vm.ok(&format!("sed -n s/^0:://p /proc/{}/cgroup", self.pid))
+    }
 }
 
 impl Drop for Container<'_> {
     fn drop(&mut self) {
-        let output = self.vm.sh(&format!("podman rm --force --time 0 {0} && rm -rf /var/tmp/{0}", self.name));
+        // --ignore: one of several may not have started.
+        let remove = format!("podman rm --force --ignore --time 0 {0} && rm -rf /var/tmp/{0}", self.name);
+        let output = self.vm.sh(&remove);
         if !output.success() {
             eprintln!("could not remove {}: {}", self.name, output.stderr);
         }
     }
+}
+
+fn names(containers: &[Container<'_>]) -> String {
+    containers.iter().map(|container| &*container.name).collect::<Vec<_>>().join(" ")
+}
+
+/// What is at that path on the host: `character special file bc:0 0:20 660` (kind, numbers in hexadecimal, owner,
+/// mode), or `nothing`.
+#[track_caller]
+pub(crate) fn node(vm: &Vm, path: &str) -> String {
+    vm.ok(&stat(path))
+}
+
+fn stat(path: &str) -> String {
+    format!("sh -c 'test -e {path} || {{ echo nothing; exit; }}; stat -c \"%F %t:%T %u:%g %a\" {path}'")
 }

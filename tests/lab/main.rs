@@ -5,15 +5,21 @@
 //! as it found it (what it plugged is unplugged, its containers are gone), also when it fails, because
 //! [`vm::Plugged`] and [`container::Container`] clean up on drop.
 
+mod agent;
 mod channel;
 mod container;
+mod install;
+mod nested;
+mod plug;
 mod qmp;
 mod smoke;
+mod survive;
 mod vm;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -24,7 +30,7 @@ pub(crate) type Case = (&'static str, fn(&Vm));
 
 /// Every case of the tier. A new file of cases is added here.
 fn cases() -> impl Iterator<Item = Case> {
-    smoke::CASES.iter().copied()
+    [smoke::CASES, plug::CASES, survive::CASES, nested::CASES, install::CASES].concat().into_iter()
 }
 
 fn main() -> ExitCode {
@@ -51,9 +57,11 @@ fn main() -> ExitCode {
     let trials = cases().map(|(name, run)| {
         let vm = Arc::clone(&vm);
         Trial::test(name, move || {
+            let started = Instant::now();
             // libtest-mimic would catch a panic too, but then its message says nothing of the console log.
-            catch_unwind(AssertUnwindSafe(|| run(&vm)))
-                .map_err(|_| Failed::from(format!("console log: {}", vm.console().display())))
+            let result = catch_unwind(AssertUnwindSafe(|| run(&vm)));
+            eprintln!("    {name} took {:.1} s", started.elapsed().as_secs_f64());
+            result.map_err(|_| Failed::from(format!("console log: {}", vm.console().display())))
         })
     });
     libtest_mimic::run(&arguments, trials.collect()).exit_code()

@@ -59,6 +59,7 @@ fn main() {
     }
     if !arguments.list {
         support::enter();
+        podman::remove_leftovers();
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !arguments.list {

@@ -13,6 +13,7 @@ use crate::support::{Agent, Said, grants, qm, wait_for};
 pub(crate) const CASES: &[Case] = &[
     ("updates::grants_survive_without_an_agent", grants_survive_without_an_agent),
     ("updates::grants_survive_and_the_mark_is_put_back", grants_survive_and_the_mark_is_put_back),
+    ("updates::a_write_to_the_cgroup_brings_the_mark_back", a_write_to_the_cgroup_brings_the_mark_back),
     ("updates::another_container_starts_and_ends", another_container_starts_and_ends),
 ];
 
@@ -70,6 +71,23 @@ fn grants_survive_and_the_mark_is_put_back(runtime: &str) {
         assert!(c.opens("<>", &device.path), "{what}");
     }
     assert_eq!(grants().len(), 9);
+}
+
+/// What crun's update does last, and all that can be heard of it: it writes limits into the cgroup.
+fn a_write_to_the_cgroup_brings_the_mark_back(runtime: &str) {
+    let _agent = Agent::start();
+    let c = Container::start(runtime, "qmh-written", &[]);
+    let device = block(42);
+    qm(&["attach", &c.name, &device.path]).ok();
+    let root = CgroupRoot::find().unwrap();
+    let cgroup = root.open(&c.cgroup()).unwrap();
+    let filter = DeviceFilter::existing(&root).unwrap().unwrap();
+    for _ in 0..3 {
+        filter.unmark(&cgroup).unwrap();
+        std::fs::write(format!("/sys/fs/cgroup{}/cgroup.max.depth", c.cgroup()), "max").unwrap();
+        wait_for("the mark in first place", || filter.is_marked(&cgroup).unwrap());
+    }
+    assert!(c.opens("<>", &device.path));
 }
 
 fn another_container_starts_and_ends(runtime: &str) {

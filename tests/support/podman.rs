@@ -23,6 +23,9 @@ const MODEST: [&str; 7] = [
     "nproc=1024:1024",
 ];
 
+/// How the names of our places begin.
+const PREFIX: &str = "qm-hotplug-podman-";
+
 /// A container that is removed when dropped.
 pub struct Container {
     pub runtime: String,
@@ -34,7 +37,7 @@ pub struct Container {
 pub fn place() -> &'static Path {
     static PLACE: OnceLock<PathBuf> = OnceLock::new();
     PLACE.get_or_init(|| {
-        let place = tempfile::Builder::new().prefix("qm-hotplug-podman-").tempdir().unwrap().keep();
+        let place = tempfile::Builder::new().prefix(PREFIX).tempdir().unwrap().keep();
         // Root of a user namespace is a stranger here and must still reach the root file system.
         std::fs::set_permissions(&place, std::fs::Permissions::from_mode(0o755)).unwrap();
         let bin = place.join("rootfs/bin");
@@ -61,9 +64,22 @@ pub fn clean_up() {
     let _ = std::fs::remove_dir_all(place());
 }
 
+/// Removes what earlier programs left that were killed. Only for those who hold the lock of [`super::enter`].
+pub fn remove_leftovers() {
+    for entry in std::fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            podman_at(&entry.path(), &["rm", "-a", "-f", "-t", "0"]);
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// Runs podman with this program's storage.
 pub fn podman(args: &[&str]) -> Said {
-    let place = place();
+    podman_at(place(), args)
+}
+
+fn podman_at(place: &Path, args: &[&str]) -> Said {
     let mut command = Command::new("podman");
     for (option, directory) in [("--root", "storage"), ("--runroot", "runroot"), ("--tmpdir", "tmp")] {
         command.arg(option).arg(place.join(directory));

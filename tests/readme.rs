@@ -1,0 +1,335 @@
+//! README.md, word for word where it can be: each of its commands is run here, or named as one of another tier. With
+//! the demo and the installation. Needs root and podman.
+
+#[path = "support/mod.rs"]
+mod support;
+
+use std::collections::BTreeSet;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use clap::{CommandFactory, Parser};
+use libtest_mimic::{Arguments, Trial};
+use qm_hotplug::cli::Cli;
+use qm_hotplug::core::annotation::DEVICE_PREFIX;
+use qm_hotplug::core::category::CATEGORIES;
+use qm_hotplug::sys::host::NEEDED;
+use support::podman::Container;
+use support::{Agent, BINARY, Said, assert_nothing_left, run, wait_for};
+
+const README: &str = include_str!("../README.md");
+
+/// Where a command of the README is run.
+enum At {
+    /// By a test below.
+    Here,
+    /// It is what runs this.
+    TestScript,
+    /// By this file of the lab, where systemd is.
+    Lab(&'static str),
+}
+
+const COMMANDS: [(&str, At); 12] = [
+    ("sudo scripts/demo.sh", At::Here),
+    ("sudo scripts/test.sh", At::TestScript),
+    ("sudo scripts/install.sh", At::Here),
+    ("sudo systemctl enable --now qm-hotplug", At::Lab("systemctl enable --now ")),
+    ("sudo scripts/install.sh --uninstall", At::Here),
+    ("sudo podman run -d --name app --annotation org.containers.qm.device.ttyUSB=true IMAGE", At::Here),
+    ("sudo qm-hotplug ps", At::Here),
+    ("sudo qm-hotplug attach app /dev/video1", At::Here),
+    ("sudo qm-hotplug attach app /dev/ttyUSB0 /dev/zigbee --access rw --mode 0660", At::Here),
+    ("sudo qm-hotplug list app", At::Here),
+    ("sudo qm-hotplug detach app /dev/zigbee", At::Here),
+    ("sudo qm-hotplug status", At::Here),
+];
+
+/// Devices that every machine has, in place of those in the README.
+const STAND_INS: [(&str, &str); 2] = [("/dev/video1", "/dev/tty21"), ("/dev/ttyUSB0", "/dev/tty22")];
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    support::enter();
+    let trial = |name: &str, test: fn()| {
+        Trial::test(name, move || {
+            test();
+            Ok(())
+        })
+    };
+    let conclusion = libtest_mimic::run(
+        &arguments,
+        vec![
+            trial("every_command_is_run_somewhere", every_command_is_run_somewhere),
+            trial("tables_are_complete", tables_are_complete),
+            trial("usage_works_as_written", usage_works_as_written),
+            trial("demo_shows_the_main_job_and_leaves_nothing", demo_shows_the_main_job_and_leaves_nothing),
+            trial("interrupted_demo_leaves_nothing", interrupted_demo_leaves_nothing),
+            trial("installed_files_carry_their_prefix", installed_files_carry_their_prefix),
+            trial("installed_hook_opens_devices_at_start", installed_hook_opens_devices_at_start),
+            trial("uninstall_takes_everything_out", uninstall_takes_everything_out),
+            trial("scripts_say_what_they_need", scripts_say_what_they_need),
+        ],
+    );
+    support::podman::clean_up();
+    conclusion.exit();
+}
+
+/// The lines of the README's shell blocks.
+fn commands() -> Vec<&'static str> {
+    let mut is_shell = false;
+    README
+        .lines()
+        .filter(|line| match *line {
+            "```sh" => {
+                is_shell = true;
+                false
+            }
+            "```" => {
+                is_shell = false;
+                false
+            }
+            _ => is_shell,
+        })
+        .collect()
+}
+
+fn every_command_is_run_somewhere() {
+    let written: BTreeSet<_> = commands().into_iter().collect();
+    let known: BTreeSet<_> = COMMANDS.iter().map(|(line, _)| *line).collect();
+    assert_eq!(written, known);
+    for line in written.iter().filter_map(|line| line.strip_prefix("sudo qm-hotplug ")) {
+        Cli::try_parse_from(["qm-hotplug"].into_iter().chain(line.split(' '))).unwrap();
+    }
+    let lab: String = std::fs::read_dir("tests/lab")
+        .unwrap()
+        .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap_or_default())
+        .collect();
+    for (line, at) in &COMMANDS {
+        if let At::Lab(text) = at {
+            assert!(lab.contains(text), "no lab test runs: {line}");
+        }
+    }
+}
+
+fn tables_are_complete() {
+    for command in Cli::command().get_subcommands().map(|command| command.get_name().to_owned()) {
+        let row = |end: &str| README.contains(&format!("\n| `{command}{end}"));
+        assert!(row("` |") || row(" "), "no row for {command}");
+    }
+    for category in CATEGORIES {
+        assert!(README.contains(&format!("\n| `{DEVICE_PREFIX}{}` |", category.name)), "no row for {}", category.name);
+    }
+    let unit = std::fs::read_to_string("units/qm-hotplug.service").unwrap();
+    let mut bounds: BTreeSet<String> = BTreeSet::new();
+    for line in unit.lines().filter_map(|line| line.strip_prefix("CapabilityBoundingSet=")) {
+        bounds.extend(line.split(' ').map(str::to_owned));
+    }
+    // SO_RCVBUFFORCE, which the agent can do without.
+    let mut needed: BTreeSet<String> = ["CAP_NET_ADMIN".to_owned()].into();
+    for (capability, why) in NEEDED {
+        assert!(
+            README.replace('`', "").contains(&format!("\n| {capability} | {why} |")),
+            "no row for {capability}: {why}"
+        );
+        needed.insert(capability.to_string());
+    }
+    assert_eq!(bounds, needed);
+}
+
+/// Runs a command of the README, with the binary under test and devices that are there.
+fn as_written(line: &str) -> Said {
+    assert!(commands().contains(&line), "{line} is not in the README");
+    let words = line.strip_prefix("sudo qm-hotplug ").unwrap().split(' ');
+    let stand_in = |word| STAND_INS.iter().find(|(from, _)| *from == word).map_or(word, |(_, to)| *to);
+    run(BINARY, &words.map(stand_in).collect::<Vec<_>>())
+}
+
+fn usage_works_as_written() {
+    let line = commands().into_iter().find(|line| line.starts_with("sudo podman run ")).unwrap();
+    let options: Vec<&str> = line.strip_prefix("sudo podman run -d --name app ").unwrap().split(' ').collect();
+    let (image, options) = options.split_last().unwrap();
+    assert_eq!(*image, "IMAGE");
+
+    let agent = Agent::start();
+    let app = Container::start("runc", "app", options);
+    wait_for("the agent to find the container", || as_written("sudo qm-hotplug ps").ok().contains("ttyUSB"));
+    as_written("sudo qm-hotplug attach app /dev/video1").ok();
+    assert!(app.opens("<>", "/dev/tty21"));
+    as_written("sudo qm-hotplug attach app /dev/ttyUSB0 /dev/zigbee --access rw --mode 0660").ok();
+    assert!(app.opens("<>", "/dev/zigbee"));
+    assert_eq!(app.sh("stat -c %a /dev/zigbee").ok().trim(), "660");
+    let listed = as_written("sudo qm-hotplug list app").ok();
+    assert!(listed.contains("/dev/tty21") && listed.contains("/dev/zigbee"), "{listed}");
+    as_written("sudo qm-hotplug detach app /dev/zigbee").ok();
+    assert!(app.sh("test -e /dev/zigbee").code != 0);
+    let status = as_written("sudo qm-hotplug status").ok();
+    assert!(status.contains("running") && status.contains("grants:     1"), "{status}");
+    agent.stop();
+    support::release();
+    assert_nothing_left();
+}
+
+/// The demo with the binary under test. It must not wait for the lock, which is ours.
+fn demo() -> Command {
+    let mut command = Command::new("bash");
+    command.args(["scripts/demo.sh", "--binary", BINARY]).env("QM_HOTPLUG_TESTS_LOCKED", "yes").stdin(Stdio::null());
+    command
+}
+
+fn demo_shows_the_main_job_and_leaves_nothing() {
+    let before = Leftovers::now();
+    let said: Said = demo().output().unwrap().into();
+    let shown = said.ok();
+    for part in [
+        "PLUGGED IN",
+        "demo opens it",
+        "is refused: Operation not permitted",
+        "UNPLUGGED",
+        "event received → gone in",
+        "nothing is left",
+    ] {
+        assert!(shown.contains(part), "{part} in {shown}");
+    }
+    assert!(
+        shown.contains("event received → openable in") || shown.contains("openable; the whole command took"),
+        "{shown}"
+    );
+    assert_nothing_left();
+    assert_eq!(Leftovers::now(), before);
+}
+
+fn interrupted_demo_leaves_nothing() {
+    let before = Leftovers::now();
+    for milliseconds in [20, 150, 350, 500, 700] {
+        // A group of its own, which gets the signal whole, as from a terminal.
+        let mut child = demo().stdout(Stdio::null()).stderr(Stdio::null()).process_group(0).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        let group = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
+        rustix::process::kill_process_group(group, rustix::process::Signal::INT).unwrap();
+        child.wait().unwrap();
+        assert_nothing_left();
+        assert_eq!(Leftovers::now(), before, "interrupted after {milliseconds} ms");
+    }
+}
+
+/// What a careless demo would leave.
+#[derive(Debug, PartialEq)]
+struct Leftovers {
+    files: Vec<String>,
+    processes: Vec<String>,
+    mounts: usize,
+}
+
+impl Leftovers {
+    fn now() -> Leftovers {
+        let mut files = Vec::new();
+        for directory in [
+            "/tmp",
+            "/run",
+            "/run/runc",
+            "/run/qm-hotplug",
+            "/dev",
+            "/dev/shm",
+            "/sys/fs/cgroup",
+            "/sys/fs/cgroup/libpod_parent",
+        ] {
+            for file in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+                files.push(file.path().display().to_string());
+            }
+        }
+        // Others work in /tmp too.
+        files.retain(|file| !file.starts_with("/tmp/") || file.starts_with("/tmp/qm-hotplug-demo"));
+        files.sort();
+        let mut processes = Vec::new();
+        for process in procfs::process::all_processes().unwrap().flatten() {
+            let line = process.cmdline().unwrap_or_default().join(" ");
+            if line.contains("qm-hotplug-demo") || line.ends_with("qm-hotplug agent") || line == "sleep 600" {
+                processes.push(line);
+            }
+        }
+        Leftovers { files, processes, mounts: std::fs::read_to_string("/proc/mounts").unwrap().lines().count() }
+    }
+}
+
+/// `scripts/install.sh` of the README, with the binary under test.
+fn install(options: &[&str]) -> Said {
+    run("bash", &[&["scripts/install.sh"], options].concat())
+}
+
+fn installed_files_carry_their_prefix() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |path: &str| directory.path().join(path);
+    let destdir = directory.path().to_str().unwrap();
+    for _ in 0..2 {
+        install(&["--destdir", destdir, "--binary", BINARY]).ok();
+    }
+    assert_eq!(std::fs::read(at("usr/bin/qm-hotplug")).unwrap(), std::fs::read(BINARY).unwrap());
+    let hook = at("usr/share/containers/oci/hooks.d/qm-hotplug.json");
+    assert_eq!(std::fs::read(hook).unwrap(), std::fs::read("hooks/qm-hotplug.json").unwrap());
+    let unit = std::fs::read_to_string(at("usr/lib/systemd/system/qm-hotplug.service")).unwrap();
+    assert!(unit.contains("\nExecStart=/usr/bin/qm-hotplug agent\n"));
+    for _ in 0..2 {
+        install(&["--destdir", destdir, "--uninstall"]).ok();
+    }
+    assert_eq!(files_below(directory.path()), [""; 0]);
+
+    install(&["--destdir", destdir, "--prefix", "/opt/qm//", "--binary", BINARY]).ok();
+    let hook = std::fs::read_to_string(at("opt/qm/share/containers/oci/hooks.d/qm-hotplug.json")).unwrap();
+    assert!(hook.contains("\"/opt/qm/bin/qm-hotplug\""), "{hook}");
+    let unit = std::fs::read_to_string(at("opt/qm/lib/systemd/system/qm-hotplug.service")).unwrap();
+    assert!(unit.contains("\nExecStart=/opt/qm/bin/qm-hotplug agent\n"), "{unit}");
+}
+
+fn files_below(directory: &Path) -> Vec<String> {
+    run("find", &[directory.to_str().unwrap(), "-type", "f"]).ok().lines().map(str::to_owned).collect()
+}
+
+/// Starts a container that asks for consoles, with the hooks of an installation.
+fn start_with_hooks(prefix: &str) -> Container {
+    let hooks = format!("{prefix}/share/containers/oci/hooks.d");
+    let options = ["--annotation", "org.containers.qm.device.ttys=yes"];
+    Container::start_under(&["--hooks-dir", &hooks], "runc", "hooked", &options, &["sleep", "1000"])
+}
+
+fn installed_hook_opens_devices_at_start() {
+    let directory = tempfile::tempdir().unwrap();
+    let prefix = directory.path().to_str().unwrap();
+    install(&["--prefix", prefix, "--binary", BINARY]).ok();
+    let container = start_with_hooks(prefix);
+    assert!(container.opens("<>", "/dev/tty5"));
+    drop(container);
+    install(&["--prefix", prefix, "--uninstall"]).ok();
+    assert_eq!(files_below(directory.path()), [""; 0]);
+}
+
+fn uninstall_takes_everything_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let prefix = directory.path().to_str().unwrap();
+    install(&["--prefix", prefix, "--binary", BINARY]).ok();
+    let container = Container::start("runc", "full", &[]);
+    support::qm(&["attach", "full", "/dev/tty21"]).ok();
+    let agent = Agent::start();
+    let refused = install(&["--prefix", prefix, "--uninstall"]);
+    assert!(refused.code == 1 && refused.stderr.contains("an agent is running"), "{refused:?}");
+    assert!(directory.path().join("bin/qm-hotplug").exists(), "it is needed to try again");
+    agent.stop();
+    assert!(container.opens("<>", "/dev/tty21"), "stopping leaves grants in force");
+    install(&["--prefix", prefix, "--uninstall"]).ok();
+    assert!(container.sh("test -e /dev/tty21").code != 0);
+    assert_nothing_left();
+    assert_eq!(files_below(directory.path()), [""; 0]);
+    assert_eq!(std::fs::read_dir("/run/qm-hotplug").map_or(0, Iterator::count), 0);
+    install(&["--prefix", prefix, "--uninstall"]).ok();
+}
+
+fn scripts_say_what_they_need() {
+    for script in ["scripts/demo.sh", "scripts/test.sh", "scripts/install.sh"] {
+        let said = run("setpriv", &["--reuid=65534", "--regid=65534", "--clear-groups", "bash", script]);
+        assert_eq!(said.code, 1, "{said:?}");
+        assert!(said.stderr.contains("needs root: ") && said.stderr.lines().count() == 1, "{said:?}");
+    }
+    assert!(std::fs::read_to_string(".ci/run").unwrap().contains("scripts/test.sh"));
+}
