@@ -34,11 +34,18 @@ fn start_logging(is_agent: bool) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_env("QM_HOTPLUG_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let registry = tracing_subscriber::registry().with(filter);
     if is_agent
-        && std::env::var_os("JOURNAL_STREAM").is_some()
+        && stderr_is_the_journal()
         && let Ok(journal) = tracing_journald::layer()
     {
         return Ok(registry.with(journal.with_syslog_identifier("qm-hotplug".into())).try_init()?);
     }
     let plain = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
     Ok(registry.with(plain.with_ansi(std::io::stderr().is_terminal())).try_init()?)
+}
+
+/// Whether stderr is what systemd connected to the journal: the variable is inherited by children whose stderr is not.
+fn stderr_is_the_journal() -> bool {
+    let stream = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+    let stderr = rustix::fs::fstat(std::io::stderr());
+    stderr.is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
