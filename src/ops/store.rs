@@ -51,9 +51,10 @@ impl Store {
         &self.entries
     }
 
-    /// Adds an entry.
+    /// Adds an entry. It takes the place of one that is left over of the same grant.
     pub fn record(&mut self, entry: Entry) -> Result<()> {
         let id = entry.grant.holder.id.clone();
+        self.entries.retain(|other| other.left_over.is_none() || !other.grant.is_same(&entry.grant));
         self.entries.push(entry);
         self.write(&id).inspect_err(|_| drop(self.entries.pop()))
     }

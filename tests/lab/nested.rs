@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::Case;
 use crate::agent::Agent;
-use crate::container::{Container, RUNTIMES};
+use crate::container::{Container, RUNTIMES, open_script, why};
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
 use crate::vm::Vm;
 
@@ -70,15 +70,10 @@ impl Drop for Inner<'_> {
 /// Opens a device in that cgroup and in the mount namespace of that process.
 #[track_caller]
 fn open_in(vm: &Vm, cgroup: &str, pid: u32, path: &str) -> String {
-    let output = vm.sh(&format!(
-        "( echo $BASHPID >/sys/fs/cgroup{cgroup}/cgroup.procs && \
-         exec nsenter --target {pid} --mount sh -c 'test -e {path} || exit 9; exec 3<>{path}' )",
-    ));
-    match output.status {
-        0 => "opens".to_owned(),
-        9 => "nothing is there".to_owned(),
-        _ => output.stderr.trim_end().rsplit(": ").next().unwrap_or_default().to_owned(),
-    }
+    let open = open_script("<>", &[path]);
+    why(&vm.ok(&format!(
+        "( echo $BASHPID >/sys/fs/cgroup{cgroup}/cgroup.procs && exec nsenter --target {pid} --mount {open} )",
+    )))
 }
 
 fn an_inner_container_keeps_its_own_refusals(vm: &Vm) {

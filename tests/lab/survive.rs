@@ -9,7 +9,6 @@ use crate::vm::{Plugged, SECONDS_10, Vm};
 pub(crate) const CASES: &[Case] = &[
     ("survive::what_systemd_does", what_systemd_does),
     ("survive::what_runtimes_do", what_runtimes_do),
-    ("survive::what_runtimes_do_without_an_agent", what_runtimes_do_without_an_agent),
     ("survive::the_agents_own_end", the_agents_own_end),
 ];
 
@@ -32,6 +31,8 @@ impl<'vm> Granted<'vm> {
         for container in &containers {
             container.wait_for("/dev/ttyUSB0");
             vm.ok(&format!("qm-hotplug attach {} /dev/vda /dev/disk", container.name));
+            // The kernel's log and a second stick, which nobody granted.
+            vm.ok(&container.outside("sh -c 'mknod /dev/other c 1 11; mknod /dev/next-stick c 188 1'"));
             assert_eq!(programs(vm, &container.cgroup()).first().map(|name| &name[..9]), Some("qmhp_mark"));
         }
         let granted = Self { vm, agent, containers, _stick: stick };
@@ -39,15 +40,13 @@ impl<'vm> Granted<'vm> {
         granted
     }
 
-    /// Both grants open, and a device that nobody granted (the kernel's log) does not.
+    /// Both grants open, and what nobody granted does not.
     #[track_caller]
     fn holds(&self, after: &str) {
         for container in &self.containers {
-            let name = &container.name;
-            assert_eq!(container.open("/dev/ttyUSB0"), "opens", "{name}, {after}: granted by rule");
-            assert_eq!(container.open("/dev/disk"), "opens", "{name}, {after}: granted by hand");
-            assert_eq!(container.open_by_hand("c 1 11"), "Operation not permitted", "{name}, {after}: not granted");
-            assert_eq!(container.open_by_hand("c 188 1"), "Operation not permitted", "{name}, {after}: the next stick");
+            let opened = container.open_all(&["/dev/ttyUSB0", "/dev/disk", "/dev/other", "/dev/next-stick"]);
+            let expected = ["opens", "opens", "Operation not permitted", "Operation not permitted"];
+            assert_eq!(opened, expected, "{} after {after}", container.name);
         }
     }
 
@@ -114,9 +113,21 @@ fn marks_are_first(granted: &Granted<'_>, after: &str) {
     }
 }
 
-fn what_runtimes_do_without_an_agent(vm: &Vm) {
-    let granted = Granted::new(vm, "alone");
-    granted.agent.stop();
+fn the_agents_own_end(vm: &Vm) {
+    let granted = Granted::new(vm, "restart");
+    let inodes = granted.inodes();
+    let opening = OpenInALoop::start(vm, &granted.containers);
+    granted.agent.restart();
+    granted.holds("a restart of the agent");
+    granted.agent.kill();
+    granted.holds("a killed agent");
+    let second = Agent::start(vm);
+    granted.holds("a new start");
+    assert_eq!(granted.inodes(), inodes, "nodes were made anew");
+    assert_eq!(status(vm)["grants"], 4);
+    assert_eq!(opening.failures(), [""; 0], "opening failed meanwhile");
+
+    second.stop();
     assert_eq!(status(vm)["agent"], false);
     granted.holds("the agent was stopped");
     granted.do_to_each("podman update --cpu-shares 512 {name}");
@@ -128,21 +139,6 @@ fn what_runtimes_do_without_an_agent(vm: &Vm) {
         assert_eq!(container.node("/dev/disk"), "nothing", "{}", container.name);
         assert_eq!(container.open_by_hand("b 254 0"), "Operation not permitted", "{}", container.name);
     }
-}
-
-fn the_agents_own_end(vm: &Vm) {
-    let granted = Granted::new(vm, "restart");
-    let inodes = granted.inodes();
-    let opening = OpenInALoop::start(vm, &granted.containers);
-    granted.agent.restart();
-    granted.holds("a restart of the agent");
-    granted.agent.kill();
-    granted.holds("a killed agent");
-    let _second = Agent::start(vm);
-    granted.holds("a new start");
-    assert_eq!(granted.inodes(), inodes, "nodes were made anew");
-    assert_eq!(status(vm)["grants"], 4);
-    assert_eq!(opening.failures(), [""; 0], "opening failed meanwhile");
 }
 
 /// A program in each container that opens the stick again and again.
