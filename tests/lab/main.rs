@@ -8,6 +8,7 @@
 mod agent;
 mod channel;
 mod container;
+mod demo;
 mod install;
 mod nested;
 mod plug;
@@ -30,7 +31,7 @@ pub(crate) type Case = (&'static str, fn(&Vm));
 
 /// Every case of the tier. A new file of cases is added here.
 fn cases() -> impl Iterator<Item = Case> {
-    [smoke::CASES, plug::CASES, survive::CASES, nested::CASES, install::CASES].concat().into_iter()
+    [smoke::CASES, plug::CASES, survive::CASES, nested::CASES, install::CASES, demo::CASES].concat().into_iter()
 }
 
 fn main() -> ExitCode {
