@@ -9,7 +9,7 @@ use qm_hotplug::sys::cgroup::CgroupRoot;
 use rustix::io::Errno;
 
 use crate::actor::Actor;
-use crate::stage::{Container, FULL, NULL, Nodes, TestCgroup, ZERO, bind, deny_all, make_node, mount_tmpfs, programs};
+use crate::stage::{Chain, Container, FULL, NULL, Nodes, ZERO, bind, deny_all, make_node, mount_tmpfs, programs};
 use crate::support::{Said, assert_nothing_left, grants, qm};
 
 const REFUSED: Result<(), Errno> = Err(Errno::PERM);
@@ -296,19 +296,16 @@ fn a_cgroup_that_is_shared_with_the_host() {
 
 fn a_cgroup_that_is_too_deep() {
     let probe = Probe::new();
-    let mut chain: Vec<TestCgroup> = Vec::new();
+    let mut chain = Chain(Vec::new());
     for level in 2..=32 {
-        chain.push(chain.last().unwrap_or(&probe.container.cgroup).child(&level.to_string()));
+        chain.0.push(chain.0.last().unwrap_or(&probe.container.cgroup).child(&level.to_string()));
     }
-    let (too_deep, deepest) = (chain.pop().unwrap(), chain.pop().unwrap());
+    let [.., deepest, too_deep] = &chain.0[..] else { panic!("there are many") };
     too_deep.put(probe.container.actor.pid());
     probe.refuses(&["/dev/zero"], 5, "too deep");
     deepest.put(probe.container.actor.pid());
     probe.attach(&["/dev/zero"]).ok();
     probe.detach("/dev/zero").ok();
-    put_into_root(probe.container.actor.pid());
-    drop((too_deep, deepest));
-    while chain.pop().is_some() {}
     expect_nothing();
 }
 

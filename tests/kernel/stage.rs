@@ -136,6 +136,15 @@ impl Drop for TestCgroup {
     }
 }
 
+/// Cgroups one below the other. They go from the deepest up.
+pub struct Chain(pub Vec<TestCgroup>);
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        while self.0.pop().is_some() {}
+    }
+}
+
 /// Ids and names of the device programs attached to a cgroup.
 pub fn programs(cgroup: BorrowedFd<'_>) -> Vec<(u32, String)> {
     let programs = attached(cgroup).unwrap();
