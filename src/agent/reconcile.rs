@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use crate::agent::registry::{Known, Registry};
-use crate::core::device::Device;
-use crate::core::ledger::{Entry, Grant, Granted, Origin, Placement};
+use crate::core::device::{Access, Device, Identity, Number};
+use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin, Placement};
 use crate::core::matcher;
 use crate::core::plan::{Change, changes};
 use crate::ops::Executor;
@@ -23,10 +23,12 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     }
     let mut desired: Vec<Grant> =
         registry.containers.values().flat_map(|known| wanted(known, registry.devices.values())).collect();
-    let observed = executor.ledger.entries().to_vec();
+    let mut observed = executor.ledger.entries().to_vec();
+    observed.extend(registry.containers.values().flat_map(|known| lost_since_start(executor, known)));
     let stays = |entry: &&Entry| manual_and_valid(entry) || is_undecided(entry, registry);
     desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
     carry_out(executor, registry, &desired, &observed, is_unplugged, None);
+    restore_ended(executor, |holder| is_gone(holder.pid, holder.start_time));
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
         registry.follow(&executor.cgroups, &entry.grant.holder);
@@ -69,12 +71,13 @@ pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, devpat
 pub(super) fn container(executor: &mut Executor, registry: &mut Registry, directory: usize, id: &str, since: Instant) {
     let Some(container) = runtime::load(&runtime::STATE_DIRECTORIES[directory], id) else { return };
     let is_new = registry.learn(&executor.cgroups, container);
-    let observed = entries(executor, |entry| entry.grant.holder.id == id);
+    let mut observed = entries(executor, |entry| entry.grant.holder.id == id);
     if !is_new && !observed.is_empty() {
         return mark_again(executor, id);
     }
     let Some(known) = registry.containers.get(id) else { return };
     let mut desired: Vec<Grant> = wanted(known, registry.devices.values());
+    observed.extend(lost_since_start(executor, known));
     desired.extend(observed.iter().filter(|entry| manual_and_valid(entry)).map(|entry| entry.grant.clone()));
     carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
 }
@@ -93,6 +96,45 @@ pub(super) fn ended(executor: &mut Executor, registry: &mut Registry, id: &str) 
     let observed = entries(executor, |entry| entry.grant.holder.id == id && has_ended(entry));
     observed.iter().for_each(|entry| registry.unfollow(&entry.grant.holder));
     carry_out(executor, registry, &[], &observed, is_unplugged, None);
+    restore_ended(executor, |holder| holder.id == id && is_gone(holder.pid, holder.start_time));
+}
+
+/// The rights of a container that ended need no withdrawal.
+fn restore_ended(executor: &mut Executor, test: impl Fn(&Holder) -> bool) {
+    if let Err(error) = executor.restore_all(test) {
+        tracing::error!("{}", error.chain());
+    }
+}
+
+/// Devices that a rule of the container stands for, that its specification names, and that were unplugged before the
+/// container was known here: as entries, so that they are taken back as any other.
+fn lost_since_start(executor: &Executor, known: &Known) -> Vec<Entry> {
+    let Some(holder) = &known.holder else { return Vec::new() };
+    let is_known = |number: &Number| {
+        let grants = executor.ledger.entries().iter().map(|entry| (&entry.grant.holder, entry.grant.device.number));
+        let withdrawals = executor.ledger.withdrawn().iter().map(|withdrawal| (&withdrawal.holder, withdrawal.number));
+        grants.chain(withdrawals).any(|(its, of)| (its.cgroup_id, of) == (holder.cgroup_id, *number))
+    };
+    let mut lost = Vec::new();
+    for (number, path) in &known.container.devices {
+        let rule = known.rules.iter().find(|rule| rule.category.contains_node(path));
+        if let Some(rule) = rule
+            && !udev::has_number(*number, path)
+            && !is_known(number)
+        {
+            let identity = Identity { devpath: String::new(), inode: 0, diskseq: None };
+            let grant = Grant {
+                holder: holder.clone(),
+                device: Granted { number: *number, identity, node: path.clone() },
+                access: Access::ALL,
+                node: Node { path: path.clone(), uid: 0, gid: 0, mode: 0 },
+                origin: Origin::Rule(rule.category.name.to_owned()),
+                at_start: true,
+            };
+            lost.push(Entry { grant, placement: Placement::Container, left_over: None });
+        }
+    }
+    lost
 }
 
 /// Another device that is plugged in and has the grant's path in its container already.
@@ -112,7 +154,10 @@ fn entries(executor: &Executor, test: impl Fn(&Entry) -> bool) -> Vec<Entry> {
 }
 
 fn wanted<'a>(known: &Known, devices: impl IntoIterator<Item = &'a Device>) -> Vec<Grant> {
-    known.holder.as_ref().map_or_else(Vec::new, |holder| matcher::desired(holder, &known.rules, devices))
+    known
+        .holder
+        .as_ref()
+        .map_or_else(Vec::new, |holder| matcher::desired(holder, &known.container.devices, &known.rules, devices))
 }
 
 fn has_ended(entry: &Entry) -> bool {

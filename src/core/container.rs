@@ -5,6 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::core::device::Number;
+
 /// Who knows the container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -44,6 +46,8 @@ pub struct Container {
     pub cgroup: Option<String>,
     /// Annotations of its OCI specification.
     pub annotations: BTreeMap<String, String>,
+    /// Devices that its OCI specification names, with the path of the node inside: its runtime grants them.
+    pub devices: BTreeMap<Number, String>,
 }
 
 impl Container {
@@ -130,6 +134,7 @@ mod tests {
             start_time: 1,
             cgroup: None,
             annotations: BTreeMap::new(),
+            devices: BTreeMap::new(),
         }
     }
 

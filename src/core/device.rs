@@ -88,7 +88,7 @@ impl Access {
     }
 
     /// The rights of both.
-    pub fn union(self, other: Access) -> Access {
+    pub const fn union(self, other: Access) -> Access {
         Access(self.0 | other.0)
     }
 

@@ -5,7 +5,9 @@
 //! is kept when a later program refuses too.
 //!
 //! - [`lift`] sits on the cgroup2 root, so it runs last. It reads the verdict, and where that is a refusal and the map
-//!   of grants holds (cgroup, device, access) for an ancestor of the task, it lifts it. It can never deny.
+//!   of grants holds (cgroup, device, access) for an ancestor of the task, it lifts it. While rights are *withdrawn*
+//!   (the runtime's own filter grants them since the container's start, and their device is unplugged), a second form of
+//!   it is attached, which takes what the map of withdrawals holds for a refusal. Without that map it can never deny.
 //! - [`mark`] sits in first place on a granted container's cgroup. A refusal that it sees comes from *below* the
 //!   container: from a filter that a nested container or a unit has of its own. It turns that `-EPERM` into
 //!   `-(2000 + level)`, so that [`lift`] does not open the outer container's devices to the inner one.
@@ -16,34 +18,10 @@
 //! is lost when another task opens a device on this CPU between the two programs, which needs a preemption within less
 //! than a microsecond: then a task below the container's cgroup is refused once.
 
-/// One eBPF instruction (linux/bpf.h, `struct bpf_insn`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Insn {
-    code: u8,
-    dst: u8,
-    src: u8,
-    off: i16,
-    imm: i32,
-}
-
-impl Insn {
-    /// An instruction from its fields, as linux/bpf.h names them.
-    pub const fn new(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> Insn {
-        Insn { code, dst, src, off, imm }
-    }
-
-    /// The eight bytes that the kernel reads, little-endian.
-    pub fn to_bytes(self) -> [u8; 8] {
-        let [off_low, off_high] = self.off.to_le_bytes();
-        let [a, b, c, d] = self.imm.to_le_bytes();
-        [self.code, self.src << 4 | self.dst, off_low, off_high, a, b, c, d]
-    }
-}
-
-/// The program's bytes.
-pub fn assemble(program: &[Insn]) -> Vec<u8> {
-    program.iter().flat_map(|insn| insn.to_bytes()).collect()
-}
+use crate::core::assembler::{
+    ADD, AND, Assembler, DW, JEQ, JGT, JNE, LSH, OR, R0, R1, R2, R6, R7, R8, R9, R10, RSH, SUB, W, XOR,
+};
+pub use crate::core::assembler::{Insn, assemble};
 
 /// Version of the maps' layout; part of the names, so that a newer binary knows an older one's maps.
 pub const LAYOUT: u32 = 1;
@@ -51,14 +29,16 @@ pub const LAYOUT: u32 = 1;
 pub const GRANTS_MAP: &str = "qmhp_grants1";
 /// Name of the map of witnesses.
 pub const WITNESS_MAP: &str = "qmhp_witness1";
+/// Name of the map of withdrawals.
+pub const WITHDRAWN_MAP: &str = "qmhp_withdraw1";
 /// What the names of all versions of [`lift`] start with.
 pub const LIFT_PREFIX: &str = "qmhp_lift";
 /// What the names of all versions of [`mark`] start with.
 pub const MARK_PREFIX: &str = "qmhp_mark";
 
-/// A grant's key: cgroup id (u64), kind (`BPF_DEVCG_DEV_*`), major, minor, zero; in the byte order of the machine.
+/// A grant's or a withdrawal's key: cgroup id (u64), kind (`BPF_DEVCG_DEV_*`), major, minor, zero; in the byte order of the machine.
 pub const KEY_SIZE: usize = 24;
-/// A grant's value: `BPF_DEVCG_ACC_*` bits (u32).
+/// Their value: `BPF_DEVCG_ACC_*` bits (u32).
 pub const VALUE_SIZE: usize = 4;
 /// A witness: the task's id (the lower half of `bpf_get_current_pid_tgid`) in the upper half, the levels whose marks
 /// ran for it as a bit set in the lower one. One word, because a task can be preempted between two.
@@ -78,7 +58,6 @@ const CTX_MINOR: i16 = 8;
 
 /// Helper numbers (linux/bpf.h, `enum bpf_func_id`).
 mod helper {
-    pub(super) const MAP_LOOKUP_ELEM: i32 = 1;
     pub(super) const GET_CURRENT_PID_TGID: i32 = 14;
     pub(super) const GET_CURRENT_CGROUP_ID: i32 = 80;
     pub(super) const GET_CURRENT_ANCESTOR_CGROUP_ID: i32 = 123;
@@ -86,12 +65,9 @@ mod helper {
     pub(super) const SET_RETVAL: i32 = 187;
 }
 
-/// The program for the cgroup2 root, over the two maps with these file descriptors.
-pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
-    // Stack: [-4] map index; [-40..-16] key; [-48] wanted access.
+/// The program for the cgroup2 root, over the maps with these file descriptors; that of withdrawals while there are any.
+pub fn lift(grants_fd: i32, witness_fd: i32, withdrawn_fd: Option<i32>) -> Vec<Insn> {
     const INDEX: i16 = -4;
-    const KEY: i16 = -40;
-    const WANTED: i16 = -48;
     let mut a = Assembler::default();
     a.mov(R6, R1);
     // R9 = the witness. The slot is cleared for the next verdict.
@@ -103,7 +79,7 @@ pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
 
     // R7 = levels to look at: all for a plain refusal, those below the mark for a renamed one.
     a.call(helper::GET_RETVAL);
-    a.jump32_imm(JEQ, R0, 0, "leave");
+    a.jump32_imm(JEQ, R0, 0, if withdrawn_fd.is_some() { "allowed" } else { "leave" });
     a.mov_imm(R7, -1);
     a.jump32_imm(JEQ, R0, EPERM, "wanted");
     a.mov32(R1, R0);
@@ -128,18 +104,7 @@ pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
     a.alu64_imm(SUB, R0, 1);
     a.alu64(AND, R9, R0);
 
-    a.load(W, R1, R6, CTX_ACCESS_TYPE);
-    a.mov32(R2, R1);
-    a.alu32_imm(AND, R2, 0xffff);
-    a.store(W, R10, KEY + 8, R2);
-    a.alu32_imm(RSH, R1, 16);
-    a.store(DW, R10, WANTED, R1);
-    a.load(W, R1, R6, CTX_MAJOR);
-    a.store(W, R10, KEY + 12, R1);
-    a.load(W, R1, R6, CTX_MINOR);
-    a.store(W, R10, KEY + 16, R1);
-    a.store_imm(W, R10, KEY + 20, 0);
-
+    question(&mut a);
     a.mov_imm(R8, 1);
     a.label("level");
     a.jump32_imm(JGT, R8, MAX_LEVELS as i32 - 1, "refuse");
@@ -179,7 +144,49 @@ pub fn lift(grants_fd: i32, witness_fd: i32) -> Vec<Insn> {
     a.label("leave");
     a.mov_imm(R0, 1);
     a.exit();
+
+    if let Some(withdrawn_fd) = withdrawn_fd {
+        a.label("allowed");
+        question(&mut a);
+        a.mov_imm(R8, 1);
+        a.label("withdrawn level");
+        a.jump32_imm(JGT, R8, MAX_LEVELS as i32 - 1, "leave");
+        a.mov(R1, R8);
+        a.call(helper::GET_CURRENT_ANCESTOR_CGROUP_ID);
+        a.jump_imm(JEQ, R0, 0, "leave");
+        a.store(DW, R10, KEY, R0);
+        a.lookup(withdrawn_fd, KEY);
+        a.jump_imm(JEQ, R0, 0, "not withdrawn");
+        a.load(W, R1, R0, 0);
+        a.load(DW, R2, R10, WANTED);
+        a.alu64(AND, R1, R2);
+        // As if it had been refused: a grant lifts that too.
+        a.mov_imm(R7, -1);
+        a.jump_imm(JNE, R1, 0, "wanted");
+        a.label("not withdrawn");
+        a.alu64_imm(ADD, R8, 1);
+        a.jump("withdrawn level");
+    }
     a.finish()
+}
+
+/// Where [`question`] leaves the key, without its cgroup, and the wanted access on the stack.
+const KEY: i16 = -40;
+const WANTED: i16 = -48;
+
+/// Takes what is asked for from the context in R6 onto the stack.
+fn question(a: &mut Assembler) {
+    a.load(W, R1, R6, CTX_ACCESS_TYPE);
+    a.mov32(R2, R1);
+    a.alu32_imm(AND, R2, 0xffff);
+    a.store(W, R10, KEY + 8, R2);
+    a.alu32_imm(RSH, R1, 16);
+    a.store(DW, R10, WANTED, R1);
+    a.load(W, R1, R6, CTX_MAJOR);
+    a.store(W, R10, KEY + 12, R1);
+    a.load(W, R1, R6, CTX_MINOR);
+    a.store(W, R10, KEY + 16, R1);
+    a.store_imm(W, R10, KEY + 20, 0);
 }
 
 /// The program for first place on a granted container's cgroup at `level` (the root's children have level 1).
@@ -223,9 +230,10 @@ pub fn allow() -> Vec<Insn> {
     a.finish()
 }
 
-/// The name of this binary's [`lift`]: layout version and a fingerprint of the instructions, 15 characters.
-pub fn lift_name() -> String {
-    format!("{LIFT_PREFIX}{LAYOUT}_{:04x}", fingerprint(&lift(0, 0)))
+/// The name of this binary's [`lift`] in one of its two forms: layout version and a fingerprint of the instructions, 15
+/// characters.
+pub fn lift_name(withdraws: bool) -> String {
+    format!("{LIFT_PREFIX}{LAYOUT}_{:04x}", fingerprint(&lift(0, 0, withdraws.then_some(0))))
 }
 
 /// The name of this binary's [`mark`]s.
@@ -239,161 +247,6 @@ fn fingerprint(program: &[Insn]) -> u16 {
         .iter()
         .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
     (hash ^ (hash >> 16)) as u16
-}
-
-#[derive(Clone, Copy)]
-struct Reg(u8);
-const R0: Reg = Reg(0);
-const R1: Reg = Reg(1);
-const R2: Reg = Reg(2);
-const R6: Reg = Reg(6);
-const R7: Reg = Reg(7);
-const R8: Reg = Reg(8);
-const R9: Reg = Reg(9);
-const R10: Reg = Reg(10);
-
-// Operation codes (linux/bpf_common.h, linux/bpf.h).
-const W: u8 = 0x00;
-const DW: u8 = 0x18;
-const ADD: u8 = 0x00;
-const SUB: u8 = 0x10;
-const OR: u8 = 0x40;
-const AND: u8 = 0x50;
-const LSH: u8 = 0x60;
-const RSH: u8 = 0x70;
-const NEG: u8 = 0x80;
-const XOR: u8 = 0xa0;
-const MOV: u8 = 0xb0;
-const JA: u8 = 0x00;
-const JEQ: u8 = 0x10;
-const JGT: u8 = 0x20;
-const JNE: u8 = 0x50;
-const CALL: u8 = 0x80;
-const EXIT: u8 = 0x90;
-const CLASS_LD: u8 = 0x00;
-const CLASS_LDX: u8 = 0x01;
-const CLASS_ST: u8 = 0x02;
-const CLASS_STX: u8 = 0x03;
-const CLASS_ALU32: u8 = 0x04;
-const CLASS_JMP: u8 = 0x05;
-const CLASS_JMP32: u8 = 0x06;
-const CLASS_ALU64: u8 = 0x07;
-const MODE_MEM: u8 = 0x60;
-const SOURCE_REG: u8 = 0x08;
-/// `src_reg` of a 64-bit load that the kernel replaces by a map's address.
-const PSEUDO_MAP_FD: u8 = 1;
-
-#[derive(Default)]
-struct Assembler {
-    insns: Vec<Insn>,
-    labels: Vec<(&'static str, usize)>,
-    jumps: Vec<(usize, &'static str)>,
-}
-
-impl Assembler {
-    fn push(&mut self, code: u8, dst: Reg, src: Reg, off: i16, imm: i32) {
-        self.insns.push(Insn { code, dst: dst.0, src: src.0, off, imm });
-    }
-
-    fn label(&mut self, name: &'static str) {
-        self.labels.push((name, self.insns.len()));
-    }
-
-    fn mov(&mut self, dst: Reg, src: Reg) {
-        self.push(CLASS_ALU64 | MOV | SOURCE_REG, dst, src, 0, 0);
-    }
-
-    fn mov32(&mut self, dst: Reg, src: Reg) {
-        self.push(CLASS_ALU32 | MOV | SOURCE_REG, dst, src, 0, 0);
-    }
-
-    /// Clears the upper half.
-    fn mov32_imm(&mut self, dst: Reg, imm: i32) {
-        self.push(CLASS_ALU32 | MOV, dst, R0, 0, imm);
-    }
-
-    fn mov_imm(&mut self, dst: Reg, imm: i32) {
-        self.push(CLASS_ALU64 | MOV, dst, R0, 0, imm);
-    }
-
-    fn alu64(&mut self, op: u8, dst: Reg, src: Reg) {
-        self.push(CLASS_ALU64 | op | SOURCE_REG, dst, src, 0, 0);
-    }
-
-    fn alu64_imm(&mut self, op: u8, dst: Reg, imm: i32) {
-        self.push(CLASS_ALU64 | op, dst, R0, 0, imm);
-    }
-
-    fn alu32_imm(&mut self, op: u8, dst: Reg, imm: i32) {
-        self.push(CLASS_ALU32 | op, dst, R0, 0, imm);
-    }
-
-    fn neg64(&mut self, dst: Reg) {
-        self.push(CLASS_ALU64 | NEG, dst, R0, 0, 0);
-    }
-
-    fn neg32(&mut self, dst: Reg) {
-        self.push(CLASS_ALU32 | NEG, dst, R0, 0, 0);
-    }
-
-    fn load(&mut self, size: u8, dst: Reg, src: Reg, off: i16) {
-        self.push(CLASS_LDX | MODE_MEM | size, dst, src, off, 0);
-    }
-
-    fn store(&mut self, size: u8, dst: Reg, off: i16, src: Reg) {
-        self.push(CLASS_STX | MODE_MEM | size, dst, src, off, 0);
-    }
-
-    fn store_imm(&mut self, size: u8, dst: Reg, off: i16, imm: i32) {
-        self.push(CLASS_ST | MODE_MEM | size, dst, R0, off, imm);
-    }
-
-    fn call(&mut self, helper: i32) {
-        self.push(CLASS_JMP | CALL, R0, R0, 0, helper);
-    }
-
-    /// R0 = the address of the value under the key at `R10 + key`, or 0.
-    fn lookup(&mut self, map_fd: i32, key: i16) {
-        self.push(CLASS_LD | DW, R1, Reg(PSEUDO_MAP_FD), 0, map_fd);
-        self.push(0, R0, R0, 0, 0);
-        self.mov(R2, R10);
-        self.alu64_imm(ADD, R2, i32::from(key));
-        self.call(helper::MAP_LOOKUP_ELEM);
-    }
-
-    fn jump(&mut self, to: &'static str) {
-        self.branch(CLASS_JMP | JA, R0, R0, 0, to);
-    }
-
-    fn jump_imm(&mut self, op: u8, dst: Reg, imm: i32, to: &'static str) {
-        self.branch(CLASS_JMP | op, dst, R0, imm, to);
-    }
-
-    fn jump_reg(&mut self, op: u8, dst: Reg, src: Reg, to: &'static str) {
-        self.branch(CLASS_JMP | op | SOURCE_REG, dst, src, 0, to);
-    }
-
-    /// Compares the low 32 bits: a verdict is an `int`.
-    fn jump32_imm(&mut self, op: u8, dst: Reg, imm: i32, to: &'static str) {
-        self.branch(CLASS_JMP32 | op, dst, R0, imm, to);
-    }
-
-    fn branch(&mut self, code: u8, dst: Reg, src: Reg, imm: i32, to: &'static str) {
-        self.jumps.push((self.insns.len(), to));
-        self.push(code, dst, src, 0, imm);
-    }
-
-    fn exit(&mut self) {
-        self.push(CLASS_JMP | EXIT, R0, R0, 0, 0);
-    }
-
-    fn finish(mut self) -> Vec<Insn> {
-        for (at, name) in self.jumps {
-            let target = self.labels.iter().find(|(label, _)| *label == name).expect("a jump's label exists").1;
-            self.insns[at].off = (target as isize - at as isize - 1) as i16;
-        }
-        self.insns
-    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use super::*;
 
 const GRANTS_FD: i32 = 11;
 const WITNESS_FD: i32 = 12;
+const WITHDRAWN_FD: i32 = 13;
 const TASK: u64 = 0x0000_1234_0000_5678;
 /// A witness of this task: its id above, levels below.
 fn witness(task: u64, levels: u64) -> Box<u64> {
@@ -26,6 +27,7 @@ struct Kernel {
     retval: i32,
     depth: usize,
     grants: HashMap<[u8; KEY_SIZE], Box<u32>>,
+    withdrawn: HashMap<[u8; KEY_SIZE], Box<u32>>,
     witness: Box<u64>,
 }
 
@@ -35,10 +37,11 @@ thread_local! { static KERNEL: RefCell<Kernel> = RefCell::default(); }
 fn map_lookup(map: u64, key: u64, _: u64, _: u64, _: u64) -> u64 {
     KERNEL.with_borrow(|kernel| match map as i32 {
         WITNESS_FD => &raw const *kernel.witness as u64,
-        GRANTS_FD => {
+        GRANTS_FD | WITHDRAWN_FD => {
             // SAFETY: the program passes an address on the interpreter's stack with KEY_SIZE bytes behind it.
             let key = unsafe { *(key as *const [u8; KEY_SIZE]) };
-            kernel.grants.get(&key).map_or(0, |value| &raw const **value as u64)
+            let values = if map as i32 == GRANTS_FD { &kernel.grants } else { &kernel.withdrawn };
+            values.get(&key).map_or(0, |value| &raw const **value as u64)
         }
         other => panic!("look-up in map {other}"),
     })
@@ -63,7 +66,7 @@ fn run(program: &[Insn], access_type: u32, major: u32, minor: u32) -> u64 {
     KERNEL.with_borrow(|kernel| {
         let witness = &raw const *kernel.witness as u64;
         vm.register_allowed_memory(witness..witness + 8);
-        for value in kernel.grants.values() {
+        for value in kernel.grants.values().chain(kernel.withdrawn.values()) {
             let address = &raw const **value as u64;
             vm.register_allowed_memory(address..address + 4);
         }
@@ -105,7 +108,7 @@ fn expected(
 
 #[test]
 fn lift_decides_the_whole_table_as_specified() {
-    let program = lift(GRANTS_FD, WITNESS_FD);
+    let program = lift(GRANTS_FD, WITNESS_FD, None);
     let verdicts = [0, -1, -13, -2000, -2001, -2002, -2003, -2031, -2032, -1999, 1];
     let mut cases = 0;
     for verdict in verdicts {
@@ -143,8 +146,68 @@ fn lift_decides_the_whole_table_as_specified() {
 }
 
 #[test]
+fn what_is_withdrawn_is_refused_unless_it_is_granted() {
+    let (plain, withdrawing) = (lift(GRANTS_FD, WITNESS_FD, None), lift(GRANTS_FD, WITNESS_FD, Some(WITHDRAWN_FD)));
+    let mut cases = 0;
+    let verdicts = [0, -1, -13, -2002, 1];
+    let levels = [1, 2, 4, 31];
+    for (verdict, depth) in verdicts.into_iter().flat_map(|verdict| levels.map(|depth| (verdict, depth))) {
+        for (withdrawn_level, granted_level) in levels.into_iter().flat_map(|a| levels.map(|b| (a, b))) {
+            for withdrawn in 0..8 {
+                for (granted, minor) in [(0, 0), (6, 0), (7, 0), (7, 1)] {
+                    for wanted in 1..8 {
+                        cases += 1;
+                        let set = || {
+                            KERNEL.with_borrow_mut(|k| {
+                                *k = Kernel { retval: verdict, depth, ..Kernel::default() };
+                                k.withdrawn.insert(key(withdrawn_level, 2, 188, 0), Box::new(withdrawn));
+                                k.grants.insert(key(granted_level, 2, 188, minor), Box::new(granted));
+                            });
+                        };
+                        set();
+                        assert_eq!(run(&withdrawing, wanted << 16 | 2, 188, 0), 1);
+                        let applies = verdict == 0 && withdrawn_level <= depth && withdrawn & wanted != 0;
+                        // A withdrawal is as good as a refusal of the container's own.
+                        let before = if applies { -1 } else { verdict };
+                        let want = expected(before, depth, granted_level, granted, wanted, minor == 0, 0);
+                        let got = KERNEL.with_borrow(|k| k.retval);
+                        assert_eq!(
+                            got, want,
+                            "verdict {verdict} depth {depth} withdrawn {withdrawn_level}:{withdrawn} grant {granted_level}:{granted} wanted {wanted}"
+                        );
+                        if !applies {
+                            set();
+                            run(&plain, wanted << 16 | 2, 188, 0);
+                            assert_eq!(got, KERNEL.with_borrow(|k| k.retval), "both forms agree");
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert_eq!(cases, 5 * 4 * 16 * 8 * 4 * 7);
+}
+
+#[test]
+fn a_withdrawal_tells_kinds_and_numbers_apart() {
+    let program = lift(GRANTS_FD, WITNESS_FD, Some(WITHDRAWN_FD));
+    let numbers = [0, 1, 188, 189, 0xf_ffff];
+    for (kind, major) in (1..3).flat_map(|kind| numbers.map(|major| (kind, major))) {
+        for minor in numbers {
+            KERNEL.with_borrow_mut(|k| {
+                *k = Kernel { depth: 1, ..Kernel::default() };
+                k.withdrawn.insert(key(1, 2, 188, 1), Box::new(6));
+            });
+            run(&program, 6 << 16 | kind, major, minor);
+            let refused = (kind, major, minor) == (2, 188, 1);
+            KERNEL.with_borrow(|k| assert_eq!(k.retval, if refused { -1 } else { 0 }, "{kind} {major}:{minor}"));
+        }
+    }
+}
+
+#[test]
 fn lift_tells_kinds_and_numbers_apart() {
-    let program = lift(GRANTS_FD, WITNESS_FD);
+    let program = lift(GRANTS_FD, WITNESS_FD, None);
     let numbers = [0, 1, 187, 188, 189, 4095, 0xf_ffff];
     let table =
         (1..3).flat_map(|kind| numbers.map(|major| (kind, major))).flat_map(|(k, a)| numbers.map(|b| (k, a, b)));
@@ -165,7 +228,7 @@ fn lift_tells_kinds_and_numbers_apart() {
 
 #[test]
 fn a_witness_of_another_task_counts_for_nothing() {
-    let program = lift(GRANTS_FD, WITNESS_FD);
+    let program = lift(GRANTS_FD, WITNESS_FD, None);
     for (task, lifted) in [(TASK, true), (TASK + 1, false), (0, false)] {
         KERNEL.with_borrow_mut(|k| {
             *k = Kernel { retval: -1, depth: 3, witness: witness(task, 1 << 1), ..Kernel::default() };
@@ -217,7 +280,7 @@ fn walk(depth: usize, filters: &[(usize, bool)], marks: &[usize], grants: &[usiz
             });
         }
     }
-    run(&lift(GRANTS_FD, WITNESS_FD), 2 << 16 | 2, 188, 0);
+    run(&lift(GRANTS_FD, WITNESS_FD, None), 2 << 16 | 2, 188, 0);
     KERNEL.with_borrow(|k| k.retval)
 }
 
@@ -244,7 +307,9 @@ fn a_container_and_what_is_nested_in_it() {
 
 #[test]
 fn names_fit_the_kernels_fifteen_characters() {
-    for name in [lift_name(), mark_name(), GRANTS_MAP.to_owned(), WITNESS_MAP.to_owned()] {
+    for name in
+        [lift_name(false), lift_name(true), mark_name(), GRANTS_MAP.into(), WITNESS_MAP.into(), WITHDRAWN_MAP.into()]
+    {
         assert!(name.len() <= 15, "{name}");
     }
 }

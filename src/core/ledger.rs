@@ -102,6 +102,9 @@ pub struct Grant {
     pub node: Node,
     /// Why.
     pub origin: Origin,
+    /// Whether the container's own specification names the device: then its runtime's filter grants it as well.
+    #[serde(default)]
+    pub at_start: bool,
 }
 
 impl Grant {
@@ -141,6 +144,26 @@ pub struct Entry {
     pub left_over: Option<String>,
 }
 
+/// Rights on a device that the container's runtime granted at its start, withdrawn because the device is unplugged. They
+/// stay so until the device, or another one with its number that the container asks for, is granted to it again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Withdrawal {
+    /// Whose.
+    pub holder: Holder,
+    /// On what.
+    pub number: Number,
+}
+
+impl Withdrawal {
+    /// Reading and writing. To make a node gives nobody access, and many runtimes let a container make any.
+    pub const ACCESS: Access = Access::READ.union(Access::WRITE);
+
+    /// Whether both are of one device in one container; its name may have become known between them.
+    pub fn is_same(&self, other: &Withdrawal) -> bool {
+        (self.holder.cgroup_id, self.number) == (other.holder.cgroup_id, other.number)
+    }
+}
+
 /// The ledger of one container, as it lies on disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Page {
@@ -148,4 +171,7 @@ pub struct Page {
     pub version: u32,
     /// What is in force.
     pub entries: Vec<Entry>,
+    /// What is withdrawn.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub withdrawn: Vec<Withdrawal>,
 }

@@ -1,6 +1,7 @@
 //! The pure part: words, formats and decisions. No system call, no clock, no import from the rest of this crate.
 
 pub mod annotation;
+pub mod assembler;
 pub mod category;
 pub mod container;
 pub mod destination;

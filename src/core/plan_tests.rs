@@ -42,6 +42,7 @@ fn grant(cgroup: u64, minor: u32, path: u32, access: u32) -> Grant {
         access: Access::from_bits(access),
         node: Node { path: format!("/dev/n{path}"), uid: 0, gid: 20, mode: 0o660 },
         origin: Origin::Manual,
+        at_start: false,
     }
 }
 
@@ -51,6 +52,7 @@ struct World {
     rights: BTreeMap<(u64, Number), Access>,
     nodes: BTreeMap<(u64, String), Number>,
     marks: BTreeSet<u64>,
+    withdrawn: Vec<Withdrawal>,
     ledger: Vec<Entry>,
 }
 
@@ -74,6 +76,14 @@ impl World {
                     self.rights.insert(key, *after)
                 };
             }
+            Step::Withdraw(withdrawal) => {
+                assert!(!self.withdrawn.contains(withdrawal), "withdrawn once");
+                self.withdrawn.push(withdrawal.clone());
+            }
+            Step::Restore(withdrawal) => {
+                assert!(self.withdrawn.contains(withdrawal), "restored once");
+                self.withdrawn.retain(|other| other != withdrawal);
+            }
             Step::MakeNode(grant) => {
                 let key = (grant.holder.cgroup_id, grant.node.path.clone());
                 assert!(self.nodes.insert(key, grant.device.number).is_none(), "no node is overwritten");
@@ -85,10 +95,10 @@ impl World {
     }
 
     /// Carries out a plan; returns the steps in the order done.
-    fn reach(&mut self, desired: &[Grant]) -> Vec<Step> {
+    fn reach(&mut self, desired: &[Grant], unplugged: bool) -> Vec<Step> {
         let mut done = Vec::new();
-        for change in changes(desired, &self.ledger.clone(), |_| false) {
-            for step in change.steps(&self.ledger.clone()) {
+        for change in changes(desired, &self.ledger.clone(), |_| unplugged) {
+            for step in change.steps(&self.ledger.clone(), &self.withdrawn.clone()) {
                 self.apply(&step);
                 done.push(step);
             }
@@ -109,8 +119,15 @@ impl World {
 }
 
 fn grants() -> impl Strategy<Value = Vec<Grant>> {
-    let one = (1u64..4, 0u32..3, 0u32..3, 1u32..8)
-        .prop_map(|(cgroup, minor, path, access)| grant(cgroup, minor, path, access));
+    let one = (1u64..4, 0u32..3, 0u32..3, 1u32..8).prop_map(|(cgroup, minor, path, access)| {
+        let mut grant = grant(cgroup, minor, path, access);
+        // By its path, so that two of these are the same only if they have one origin.
+        if path > 0 {
+            grant.origin = Origin::Rule("ttyUSB".into());
+            grant.at_start = minor == 0;
+        }
+        grant
+    });
     proptest::collection::vec(one, 0..8).prop_map(|mut all| {
         let mut seen = BTreeSet::new();
         all.retain(|grant| seen.insert((grant.holder.cgroup_id, grant.node.path.clone())));
@@ -122,22 +139,43 @@ proptest! {
     #[test]
     fn any_state_is_reached_from_any_other(first in grants(), second in grants()) {
         let (mut world, mut fresh) = (World::default(), World::default());
-        world.reach(&first);
-        world.reach(&second);
-        fresh.reach(&second);
+        world.reach(&first, false);
+        world.reach(&second, false);
+        fresh.reach(&second, false);
         prop_assert_eq!(world.clone().sorted(), fresh.sorted());
-        prop_assert!(world.reach(&second).is_empty(), "a second time there is nothing to do");
-        world.reach(&[]);
+        prop_assert!(world.reach(&second, false).is_empty(), "a second time there is nothing to do");
+        world.reach(&[], false);
         prop_assert_eq!(world, World::default());
     }
 
     #[test]
-    fn steps_then_their_inverses_are_nothing(first in grants(), second in grants()) {
+    fn what_the_runtime_granted_is_withdrawn_from_unplug_to_the_next_grant_by_rule(first in grants(), second in grants()) {
+        let of = |grants: &[Grant]| {
+            let all = grants.iter().filter(|grant| grant.at_start);
+            all.map(|grant| (grant.holder.cgroup_id, grant.device.number)).collect::<BTreeSet<_>>()
+        };
+        let by_rule = |grants: &[Grant]| {
+            let all = grants.iter().filter(|grant| grant.origin != Origin::Manual);
+            all.map(|grant| (grant.holder.cgroup_id, grant.device.number)).collect::<BTreeSet<_>>()
+        };
+        let withdrawn = |world: &World| {
+            world.withdrawn.iter().map(|it| (it.holder.cgroup_id, it.number)).collect::<BTreeSet<_>>()
+        };
         let mut world = World::default();
-        world.reach(&first);
+        world.reach(&first, false);
+        world.reach(&[], true);
+        prop_assert_eq!(withdrawn(&world), of(&first));
+        world.reach(&second, false);
+        prop_assert_eq!(withdrawn(&world), &of(&first) - &by_rule(&second));
+    }
+
+    #[test]
+    fn steps_then_their_inverses_are_nothing(first in grants(), second in grants(), unplugged in any::<bool>()) {
+        let mut world = World::default();
+        world.reach(&first, false);
         let before = world.clone();
-        for change in changes(&second, &world.ledger.clone(), |_| false).into_iter().take(1) {
-            let steps = change.steps(&world.ledger.clone());
+        for change in changes(&second, &world.ledger.clone(), |_| unplugged).into_iter().take(1) {
+            let steps = change.steps(&world.ledger.clone(), &world.withdrawn.clone());
             for step in &steps { world.apply(step); }
             for step in steps.iter().rev() { world.apply(&step.inverse()); }
         }
@@ -150,11 +188,11 @@ fn two_nodes_of_one_device_share_the_right_until_the_last_goes() {
     let mut world = World::default();
     let (a, b) = (grant(1, 0, 0, 2), grant(1, 0, 1, 4));
     let number = a.device.number;
-    world.reach(&[a.clone(), b.clone()]);
+    world.reach(&[a.clone(), b.clone()], false);
     assert_eq!(world.rights[&(1, number)], Access::from_bits(6));
-    world.reach(&[b]);
+    world.reach(&[b], false);
     assert_eq!(world.rights[&(1, number)], Access::WRITE);
-    world.reach(&[]);
+    world.reach(&[], false);
     assert!(world.rights.is_empty() && world.marks.is_empty());
 }
 
@@ -192,7 +230,7 @@ fn a_node_from_the_containers_start_goes_only_when_its_device_is_unplugged() {
     grant.origin = Origin::Rule("ttyUSB".into());
     let entry = Entry { grant, placement: Placement::Container, left_over: None };
     for unplugged in [true, false] {
-        let steps = Change::Remove { entry: entry.clone(), unplugged }.steps(std::slice::from_ref(&entry));
+        let steps = Change::Remove { entry: entry.clone(), unplugged }.steps(std::slice::from_ref(&entry), &[]);
         assert_eq!(steps.iter().any(|step| matches!(step, Step::RemoveNode { .. })), unplugged);
     }
 }

@@ -128,6 +128,7 @@ impl From<&Entry> for GrantInfo {
             mode: grant.node.mode,
             origin: match &grant.origin {
                 Origin::Manual => "manual".to_owned(),
+                Origin::Rule(_) if grant.at_start && entry.placement == Placement::Container => "start".to_owned(),
                 Origin::Rule(category) => format!("rule:{category}"),
             },
             note: entry.left_over.as_ref().map(|reason| format!("left over: {reason}")),

@@ -49,6 +49,7 @@ fn of_process(containers: &[Container], pid: u32) -> Result<Container> {
         start_time: process.start_time,
         cgroup: None,
         annotations: Default::default(),
+        devices: Default::default(),
     })
 }
 

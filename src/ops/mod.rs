@@ -1,14 +1,14 @@
 //! Carries out changes: the steps of [`crate::core::plan`] on the kernel and on the ledger. What fails is taken back.
 
+mod agreement;
 pub mod live;
 pub mod request;
 pub mod store;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::core::device::{Access, Number};
-use crate::core::ledger::{Grant, Holder, Origin, Placement};
+use crate::core::ledger::{Grant, Holder, Origin, Placement, Withdrawal};
 use crate::core::plan::{Change, Step};
 use crate::error::{Error, Result};
 use crate::ops::store::Store;
@@ -58,7 +58,7 @@ impl Executor {
     pub fn carry_out(&mut self, change: &Change) -> Result<Placement> {
         let mut undo: Vec<Step> = Vec::new();
         let mut placement = Placement::Pending;
-        for step in change.steps(self.ledger.entries()) {
+        for step in change.steps(self.ledger.entries(), self.ledger.withdrawn()) {
             match self.execute(&step, change) {
                 Ok(Some(made)) => {
                     if let Step::MakeNode(grant) = &step
@@ -112,6 +112,8 @@ impl Executor {
             Step::Mark(holder) => self.mark(holder)?,
             Step::Unmark(holder) => self.unmark(holder)?,
             Step::Allow { holder, number, after, .. } => self.allow(holder, *number, *after)?,
+            Step::Withdraw(withdrawal) => self.withdraw(withdrawal)?,
+            Step::Restore(withdrawal) => self.restore(withdrawal)?,
             Step::MakeNode(grant) => return self.make_node(grant).map(Some),
             Step::RemoveNode { grant, directories } => {
                 self.remove_node(grant, directories, matches!(change, Change::Add(_)))?
@@ -162,6 +164,33 @@ impl Executor {
         result.map_err(in_container(holder.label(), format!("change the rights on {number} in the device filter")))
     }
 
+    /// Written down before the act, as grants are.
+    fn withdraw(&mut self, withdrawal: &Withdrawal) -> Result<()> {
+        self.ledger.withdraw(withdrawal)?;
+        self.set_withdrawn(withdrawal.holder.cgroup_id, withdrawal.number, Withdrawal::ACCESS)
+    }
+
+    fn restore(&mut self, withdrawal: &Withdrawal) -> Result<()> {
+        self.set_withdrawn(withdrawal.holder.cgroup_id, withdrawal.number, Access::NONE)?;
+        self.ledger.restore(withdrawal)
+    }
+
+    fn set_withdrawn(&mut self, cgroup: u64, number: Number, access: Access) -> Result<()> {
+        self.filter()?;
+        let Executor { filter, cgroups, .. } = self;
+        filter.as_mut().expect("it was just loaded").withdraw(cgroups, cgroup, number, access)
+    }
+
+    /// Lets what was withdrawn from these hold again. Goes on after failures and returns the first one.
+    pub fn restore_all(&mut self, test: impl Fn(&Holder) -> bool) -> Result<()> {
+        let withdrawals = self.ledger.withdrawn().iter().filter(|withdrawal| test(&withdrawal.holder));
+        let mut result = Ok(());
+        for withdrawal in withdrawals.cloned().collect::<Vec<_>>() {
+            result = result.and(self.restore(&withdrawal));
+        }
+        result
+    }
+
     fn make_node(&mut self, grant: &Grant) -> Result<Placement> {
         let holder = &grant.holder;
         let process = Process::open_same(holder.pid, holder.start_time)
@@ -208,52 +237,6 @@ impl Executor {
         }
     }
 
-    /// Makes the filter's map and the marks agree with the ledger. Entries that the ledger does not know were left by a
-    /// process that was killed, or written by one that holds CAP_BPF: they are removed and reported.
-    pub fn agree_with_ledger(&mut self) {
-        // Looked up anew: somebody may have detached it.
-        self.filter = None;
-        let mut expected: BTreeMap<(u64, Number), Access> = BTreeMap::new();
-        let mut holders: BTreeMap<u64, Holder> = BTreeMap::new();
-        // What is left over has no right any more, at most a node.
-        for entry in self.ledger.entries().iter().filter(|entry| entry.left_over.is_none()) {
-            let grant = &entry.grant;
-            let rights = expected.entry((grant.holder.cgroup_id, grant.device.number)).or_insert(Access::NONE);
-            *rights = rights.union(grant.access);
-            holders.insert(grant.holder.cgroup_id, grant.holder.clone());
-        }
-        for holder in holders.values() {
-            if let Err(error) = self.mark(holder) {
-                tracing::warn!("{}", error.chain());
-            }
-        }
-        let result = self.filter().and_then(|filter| {
-            let failed = |error| Error::host::<std::io::Error>("read or change the device filter's map")(error);
-            for entry in filter.entries().map_err(failed)? {
-                match expected.remove(&(entry.cgroup, entry.number)) {
-                    Some(access) if access == entry.access => {}
-                    known => {
-                        tracing::warn!(
-                            "cgroup {} had access {} to {} that nobody granted",
-                            entry.cgroup,
-                            entry.access,
-                            entry.number
-                        );
-                        filter.set(entry.cgroup, entry.number, known.unwrap_or(Access::NONE)).map_err(failed)?;
-                    }
-                }
-            }
-            for ((cgroup, number), access) in expected {
-                tracing::warn!("cgroup {cgroup} had lost its access {access} to {number}, which is put back");
-                filter.set(cgroup, number, access).map_err(failed)?;
-            }
-            Ok(())
-        });
-        if let Err(error) = result {
-            tracing::error!("{}", error.chain());
-        }
-    }
-
     /// Takes every grant back. Goes on after failures and returns the first one.
     pub fn revoke_all(&mut self) -> Result<()> {
         let mut result = Ok(());
@@ -263,7 +246,7 @@ impl Executor {
                 result = result.and(Err(error));
             }
         }
-        result
+        result.and(self.restore_all(|_| true))
     }
 
     /// Takes everything of ours out of the kernel.
@@ -274,7 +257,8 @@ impl Executor {
 
     /// Leaves nothing in the kernel once the last grant is gone and no agent needs it.
     pub fn release_if_unused(&mut self) -> Result<()> {
-        if self.filter.is_some() && self.ledger.entries().is_empty() { self.release_filter() } else { Ok(()) }
+        let unused = self.ledger.entries().is_empty() && self.ledger.withdrawn().is_empty();
+        if self.filter.is_some() && unused { self.release_filter() } else { Ok(()) }
     }
 }
 

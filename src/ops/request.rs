@@ -31,7 +31,14 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         gid: request.gid.unwrap_or(device.gid),
         mode: request.mode.unwrap_or(device.mode),
     };
-    let grant = Grant { holder, device: Granted::from(&device), access: request.access, node, origin: Origin::Manual };
+    let grant = Grant {
+        holder,
+        device: Granted::from(&device),
+        access: request.access,
+        node,
+        origin: Origin::Manual,
+        at_start: false,
+    };
     if let Some(entry) = at_path(executor.ledger.entries(), &grant.holder, &grant.node.path).cloned() {
         let is_settled = entry.placement != Placement::Pending && entry.left_over.is_none();
         if is_settled && entry.grant.is_same(&grant) && entry.grant.node == grant.node {
@@ -110,7 +117,8 @@ pub fn detach(
     for entry in matching {
         let mut info = GrantInfo::from(&entry);
         let (cgroup, number) = (entry.grant.holder.cgroup.clone(), entry.grant.device.number);
-        executor.carry_out(&Change::Remove { entry, unplugged: false })?;
+        // What a rule has granted goes as if its device were unplugged, with what the container had from its start.
+        executor.carry_out(&Change::Remove { entry, unplugged: true })?;
         // The right counts at open(2): what is open already stays usable.
         let holders = holders_of(&executor.cgroups.processes_below(&cgroup), number);
         info.note = (!holders.is_empty()).then(|| format!("still open in {}", holders.join(", ")));
@@ -151,6 +159,9 @@ pub fn prune(executor: &mut Executor) {
         if let Err(error) = executor.carry_out(&Change::Remove { entry, unplugged: false }) {
             tracing::warn!("{}", error.chain());
         }
+    }
+    if let Err(error) = executor.restore_all(|holder| is_gone(holder.pid, holder.start_time)) {
+        tracing::warn!("{}", error.chain());
     }
 }
 

@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::core::ledger::{Entry, Grant, Page, Placement, VERSION};
+use crate::core::ledger::{Entry, Grant, Page, Placement, VERSION, Withdrawal};
 use crate::error::{Error, Result};
 
 /// The ledger, locked for this process.
 pub struct Store {
     directory: PathBuf,
     entries: Vec<Entry>,
+    withdrawn: Vec<Withdrawal>,
     _lock: File,
 }
 
@@ -37,18 +38,39 @@ impl Store {
             Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
             Err(errno) => return Err(Error::host(format!("lock {}", path.display()))(errno)),
         }
-        let entries = read_pages(&directory, true)?;
-        Ok(Some(Store { directory, entries, _lock: lock }))
+        let (mut entries, mut withdrawn) = (Vec::new(), Vec::new());
+        for page in read_pages(&directory, true)? {
+            entries.extend(page.entries);
+            withdrawn.extend(page.withdrawn);
+        }
+        Ok(Some(Store { directory, entries, withdrawn, _lock: lock }))
     }
 
     /// Reads the ledger without the lock, for a look.
     pub fn peek(run: &Path) -> Result<Vec<Entry>> {
-        read_pages(&run.join("ledger"), false)
+        Ok(read_pages(&run.join("ledger"), false)?.into_iter().flat_map(|page| page.entries).collect())
     }
 
     /// All entries.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
+    }
+
+    /// All withdrawals.
+    pub fn withdrawn(&self) -> &[Withdrawal] {
+        &self.withdrawn
+    }
+
+    /// Adds a withdrawal.
+    pub fn withdraw(&mut self, withdrawal: &Withdrawal) -> Result<()> {
+        self.withdrawn.push(withdrawal.clone());
+        self.write(&withdrawal.holder.id).inspect_err(|_| drop(self.withdrawn.pop()))
+    }
+
+    /// Strikes a withdrawal.
+    pub fn restore(&mut self, withdrawal: &Withdrawal) -> Result<()> {
+        self.withdrawn.retain(|other| !other.is_same(withdrawal));
+        self.write(&withdrawal.holder.id)
     }
 
     /// Adds an entry. It takes the place of one that is left over of the same grant.
@@ -87,14 +109,16 @@ impl Store {
     fn write(&self, id: &str) -> Result<()> {
         let path = self.directory.join(file_name(id));
         let entries: Vec<Entry> = self.entries.iter().filter(|entry| entry.grant.holder.id == id).cloned().collect();
-        let result = if entries.is_empty() {
+        let withdrawn: Vec<_> = self.withdrawn.iter().filter(|other| other.holder.id == id).cloned().collect();
+        let result = if entries.is_empty() && withdrawn.is_empty() {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
                 result => result,
             }
         } else {
             let temporary = path.with_extension("tmp");
-            let text = serde_json::to_vec(&Page { version: VERSION, entries }).expect("a page is valid JSON");
+            let text =
+                serde_json::to_vec(&Page { version: VERSION, entries, withdrawn }).expect("a page is valid JSON");
             File::options()
                 .create(true)
                 .truncate(true)
@@ -117,11 +141,11 @@ fn file_name(id: &str) -> String {
 }
 
 /// Only who holds the lock may set a page aside: to an older program a newer one's pages are unreadable.
-fn read_pages(directory: &Path, set_aside: bool) -> Result<Vec<Entry>> {
-    let mut entries = Vec::new();
+fn read_pages(directory: &Path, set_aside: bool) -> Result<Vec<Page>> {
+    let mut pages = Vec::new();
     let files = match fs::read_dir(directory) {
         Ok(files) => files,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(entries),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(pages),
         Err(error) => return Err(Error::host(format!("read the ledger {}", directory.display()))(error)),
     };
     for file in files.flatten() {
@@ -131,7 +155,7 @@ fn read_pages(directory: &Path, set_aside: bool) -> Result<Vec<Entry>> {
         }
         let page = fs::read(&path).map_err(|error| error.to_string()).and_then(|text| parse(&text));
         match page {
-            Ok(page) => entries.extend(page.entries),
+            Ok(page) => pages.push(page),
             Err(reason) if !set_aside => tracing::warn!("the ledger {} is passed over: {reason}", path.display()),
             Err(reason) => {
                 let aside = path.with_extension("bad");
@@ -140,7 +164,7 @@ fn read_pages(directory: &Path, set_aside: bool) -> Result<Vec<Entry>> {
             }
         }
     }
-    Ok(entries)
+    Ok(pages)
 }
 
 fn parse(text: &[u8]) -> std::result::Result<Page, String> {
@@ -163,7 +187,7 @@ mod tests {
         holder.id = id.into();
         let node = Node { path: path.into(), uid: 0, gid: 20, mode: 0o660 };
         let device = Granted::from(&device("/dev/ttyUSB0", 188, 0));
-        let grant = Grant { holder, device, access: Access::ALL, node, origin: Origin::Manual };
+        let grant = Grant { holder, device, access: Access::ALL, node, origin: Origin::Manual, at_start: false };
         Entry { grant, placement: Placement::Pending, left_over: None }
     }
 

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::core::container::{Container, Runtime};
-use crate::runtime::{annotations, parse_json, read};
+use crate::runtime::{annotations, devices, parse_json, read};
 
 /// The fields of `status` that we use.
 #[derive(Deserialize)]
@@ -19,6 +20,7 @@ struct Status {
 /// Reads `status` and `config.json` of the container with that id. Errors are in words.
 pub fn parse(id: &str, status: &str, spec: &str) -> Result<Container, String> {
     let status: Status = parse_json(status)?;
+    let spec: Value = parse_json(spec)?;
     Ok(Container {
         id: id.to_owned(),
         name: None,
@@ -26,7 +28,8 @@ pub fn parse(id: &str, status: &str, spec: &str) -> Result<Container, String> {
         pid: status.pid,
         start_time: status.process_start_time,
         cgroup: status.cgroup_path.filter(|path| !path.is_empty()),
-        annotations: annotations(&parse_json(spec)?),
+        annotations: annotations(&spec),
+        devices: devices(spec.pointer("/linux/devices")),
     })
 }
 

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::core::container::{Container, Runtime};
-use crate::runtime::{parse_json, read};
+use crate::runtime::{devices, parse_json, read};
 
 /// The fields of `state.json` that we use.
 #[derive(Deserialize)]
@@ -24,6 +25,8 @@ struct Config {
     /// Annotations as `key=value`, and `bundle=PATH`.
     #[serde(default)]
     labels: Option<Vec<String>>,
+    /// Entries as in the OCI specification, but for the type.
+    devices: Option<Value>,
 }
 
 /// Reads `state.json`. Errors are in words.
@@ -43,6 +46,7 @@ pub fn parse(state: &str) -> Result<Container, String> {
             .filter_map(|label| label.split_once('='))
             .map(|(key, value)| (key.into(), value.into()))
             .collect(),
+        devices: devices(state.config.devices.as_ref()),
     })
 }
 

@@ -313,6 +313,18 @@ impl Program {
     }
 }
 
+/// The attached programs whose names start so, with their names, in the order in which they run.
+pub fn attached_as(cgroup: BorrowedFd<'_>, prefix: &str) -> io::Result<Vec<(Program, String)>> {
+    let mut found = Vec::new();
+    for program in attached(cgroup)? {
+        let name = program.info()?.name;
+        if name.starts_with(prefix) {
+            found.push((program, name));
+        }
+    }
+    Ok(found)
+}
+
 /// The device programs attached to this very cgroup, in the order in which they run.
 pub fn attached(cgroup: BorrowedFd<'_>) -> io::Result<Vec<Program>> {
     // The kernel takes 64 programs a cgroup at most (BPF_CGROUP_MAX_PROGS).

@@ -1,16 +1,17 @@
 //! The device filter: one program on the cgroup2 root that lifts refusals, one mark on each granted container's cgroup,
-//! and the map of grants. What the programs do is told in [`crate::core::filter_program`].
+//! and the maps of grants and of withdrawals. What the programs do is told in [`crate::core::filter_program`].
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 
 use crate::core::device::{Access, Kind, Number};
 use crate::core::filter_program::{
-    self as program, GRANTS_MAP, KEY_SIZE, LAYOUT, VALUE_SIZE, WITNESS_MAP, WITNESS_SIZE,
+    self as program, GRANTS_MAP, KEY_SIZE, LAYOUT, VALUE_SIZE, WITHDRAWN_MAP, WITNESS_MAP, WITNESS_SIZE,
 };
 use crate::error::{Error, Result};
-use crate::sys::bpf::{Map, Program, attached};
+use crate::sys::bpf::{Map, Program, attached, attached_as};
 use crate::sys::cgroup::{Cgroup, CgroupRoot};
+use crate::sys::mark;
 
 /// Entries that the map of grants takes at first; a full one is doubled.
 const CAPACITY: u32 = 65_536;
@@ -20,16 +21,18 @@ const CAPACITY: u32 = 65_536;
 pub struct DeviceFilter {
     grants: Map,
     witness: Map,
+    /// There while there are withdrawals: then the program at the root has the form that reads it.
+    withdrawn: Option<Map>,
 }
 
-/// One entry of the map of grants.
+/// One entry of the map of grants or of withdrawals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
     /// Id of the cgroup.
     pub cgroup: u64,
     /// The device.
     pub number: Number,
-    /// Its rights.
+    /// The rights granted or withdrawn.
     pub access: Access,
 }
 
@@ -47,31 +50,33 @@ pub struct Standing {
 impl DeviceFilter {
     /// Takes over the filter that is attached, from this build or another one, or else attaches a new one.
     pub fn open(root: &CgroupRoot) -> Result<DeviceFilter> {
-        DeviceFilter::open_as(root, &program::lift_name())
+        DeviceFilter::open_as(root, program::lift_name)
     }
 
-    /// [`DeviceFilter::open`] under another program name, to show a hand-over between two builds.
-    pub fn open_as(root: &CgroupRoot, name: &str) -> Result<DeviceFilter> {
-        let ours =
-            our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
-        for (at, (_, its_name)) in ours.iter().enumerate().filter(|(_, (_, its_name))| its_name == name) {
-            if let Some(filter) = adopt(&ours, its_name).map_err(failed("open its maps"))? {
-                detach_others(root, &ours, at)?;
-                return Ok(filter);
+    /// [`DeviceFilter::open`] under another program name for each form, to show a hand-over between two builds.
+    pub fn open_as<S: Into<String>>(root: &CgroupRoot, name: impl Fn(bool) -> S) -> Result<DeviceFilter> {
+        let ours = lifts(root)?;
+        // Of several, which an interrupted hand-over leaves, this build's first.
+        let is_current = |its_name: &str| [true, false].into_iter().any(|withdraws| name(withdraws).into() == its_name);
+        let (current, others): (Vec<_>, Vec<_>) = (0..ours.len()).partition(|at| is_current(&ours[*at].1));
+        for at in current.into_iter().chain(others) {
+            let Some(filter) = adopt(&ours[at]).map_err(failed("open its maps"))? else { continue };
+            match name(filter.withdrawn.is_some()).into() {
+                its_name if its_name == ours[at].1 => detach_others(root, &ours, at)?,
+                other => filter.take_over(root, &other, &ours)?,
             }
+            return Ok(filter);
         }
-        let filter = match ours.iter().find_map(|(_, name)| adopt(&ours, name).transpose()) {
-            Some(adopted) => adopted.map_err(failed("open the maps of the version before"))?,
-            None => DeviceFilter::create(CAPACITY).map_err(failed("create its maps"))?,
-        };
-        filter.take_over(root, name, &ours)?;
+        let filter = DeviceFilter::create(CAPACITY).map_err(failed("create its maps"))?;
+        filter.take_over(root, &name(false).into(), &ours)?;
         Ok(filter)
     }
 
     /// Loads the program over these maps and puts it in the place of those of ours that are attached, or behind all
     /// others where there is none. At no moment is there none of ours.
     fn take_over(&self, root: &CgroupRoot, name: &str, ours: &[(Program, String)]) -> Result<()> {
-        let lift = Program::load(name, &program::lift(self.grants.as_raw_fd(), self.witness.as_raw_fd()))
+        let withdrawn = self.withdrawn.as_ref().map(AsRawFd::as_raw_fd);
+        let lift = Program::load(name, &program::lift(self.grants.as_raw_fd(), self.witness.as_raw_fd(), withdrawn))
             .map_err(failed("load its program"))?;
         match ours.first() {
             // In place: a program of others that runs after ours keeps the last word.
@@ -79,6 +84,11 @@ impl DeviceFilter {
             None => lift.attach(root.as_fd()).map_err(failed("attach its program to the cgroup root"))?,
         }
         detach_others(root, ours, 0)
+    }
+
+    /// Puts the form of the program into place that this filter needs now.
+    fn change_form(&self, root: &CgroupRoot) -> Result<()> {
+        self.take_over(root, &program::lift_name(self.withdrawn.is_some()), &lifts(root)?)
     }
 
     /// Moves to a map of twice the size, with all entries, without a moment in which a grant does not hold.
@@ -93,24 +103,21 @@ impl DeviceFilter {
             Ok(grants)
         });
         // The marks refer to the map of witnesses, which stays.
-        let grown = DeviceFilter { grants: copied.map_err(failed("make its map larger"))?, witness: self.witness };
-        let ours =
-            our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
-        grown.take_over(root, &program::lift_name(), &ours)?;
+        let grown = DeviceFilter { grants: copied.map_err(failed("make its map larger"))?, ..self };
+        grown.change_form(root)?;
         Ok(grown)
     }
 
     /// The filter that is attached, if one is.
     pub fn existing(root: &CgroupRoot) -> Result<Option<DeviceFilter>> {
-        let ours =
-            our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
-        ours.iter().find_map(|(_, name)| adopt(&ours, name).transpose()).transpose().map_err(failed("open its maps"))
+        lifts(root)?.iter().find_map(|lift| adopt(lift).transpose()).transpose().map_err(failed("open its maps"))
     }
 
     fn create(capacity: u32) -> io::Result<DeviceFilter> {
         Ok(DeviceFilter {
             grants: create_grants(capacity)?,
             witness: Map::create_percpu_array(WITNESS_MAP, WITNESS_SIZE, 1)?,
+            withdrawn: None,
         })
     }
 
@@ -129,72 +136,55 @@ impl DeviceFilter {
         Ok(self.grants.get(&key(cgroup, number))?.map_or(Access::NONE, |value| access(&value)))
     }
 
-    /// All entries, sorted.
+    /// All grants, sorted.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
-        let mut entries = Vec::new();
-        for key in self.grants.keys()? {
-            // An entry may go between the two calls.
-            if let (Some((cgroup, number)), Some(value)) = (parse_key(&key), self.grants.get(&key)?) {
-                entries.push(Entry { cgroup, number, access: access(&value) });
+        entries(&self.grants)
+    }
+
+    /// All withdrawals, sorted.
+    pub fn withdrawn(&self) -> io::Result<Vec<Entry>> {
+        self.withdrawn.as_ref().map_or(Ok(Vec::new()), entries)
+    }
+
+    /// Withdraws rights that programs of others give to a cgroup and to all below it; with none, they hold again. A
+    /// grant stands above a withdrawal. The program at the root has the form for it only while there are any.
+    pub fn withdraw(&mut self, root: &CgroupRoot, cgroup: u64, number: Number, access: Access) -> Result<()> {
+        let changed = failed("change its map of withdrawals");
+        let key = key(cgroup, number);
+        match (&self.withdrawn, access.is_none()) {
+            (None, true) => Ok(()),
+            (None, false) => {
+                let map = Map::create_hash(WITHDRAWN_MAP, KEY_SIZE, VALUE_SIZE, CAPACITY).map_err(&changed)?;
+                map.insert(&key, &access.bits().to_ne_bytes()).map_err(&changed)?;
+                self.withdrawn = Some(map);
+                self.change_form(root).inspect_err(|_| self.withdrawn = None)
+            }
+            (Some(map), false) => map.insert(&key, &access.bits().to_ne_bytes()).map_err(changed),
+            (Some(map), true) => {
+                map.remove(&key).map_err(&changed)?;
+                if !map.keys().map_err(&changed)?.is_empty() {
+                    return Ok(());
+                }
+                let unused = self.withdrawn.take();
+                self.change_form(root).inspect_err(|_| self.withdrawn = unused)
             }
         }
-        entries.sort();
-        Ok(entries)
     }
 
     /// Whether the cgroup has our mark in first place: this build's, and one that leaves its witness where this filter
     /// reads it.
     pub fn is_marked(&self, cgroup: &Cgroup) -> io::Result<bool> {
-        let Some(first) = attached(cgroup.as_fd())?.into_iter().next() else { return Ok(false) };
-        let info = first.info()?;
-        Ok(info.name == program::mark_name() && info.map_ids.contains(&self.witness.id()?))
+        mark::is_first(cgroup, &self.witness)
     }
 
-    /// Puts our mark into first place on the cgroup, without a moment in which the programs there do not decide, and
-    /// without one in which the mark runs after a program that refuses: it would take that refusal for one from below.
-    /// Copies of the programs are attached, the first original is replaced by the mark, and the originals come back, so
-    /// that the runtime that attached them can still replace them. A mark of another version is replaced in its place.
+    /// Puts our mark into first place on the cgroup.
     pub fn mark(&self, cgroup: &Cgroup) -> io::Result<()> {
-        if self.is_marked(cgroup)? {
-            return Ok(());
-        }
-        let mark = Program::load(&program::mark_name(), &program::mark(cgroup.level, self.witness.as_raw_fd()))?;
-        let (mut originals, mut marks) = (Vec::new(), Vec::new());
-        for (at, program) in attached(cgroup.as_fd())?.into_iter().enumerate() {
-            if !program.info()?.name.starts_with(program::MARK_PREFIX) {
-                originals.push(program);
-            } else if at == 0 {
-                mark.replace(cgroup.as_fd(), &program)?;
-            } else {
-                marks.push(program);
-            }
-        }
-        for stale in marks {
-            stale.detach(cgroup.as_fd())?;
-        }
-        if self.is_marked(cgroup)? {
-            return Ok(());
-        }
-        let Some(first) = originals.first() else { return mark.attach(cgroup.as_fd()) };
-        let copies = originals.iter().map(Program::copy).collect::<io::Result<Vec<_>>>()?;
-        let mut done = Vec::new();
-        let result = step_aside(cgroup.as_fd(), &mark, &originals, &copies, &mut done);
-        if result.is_err() {
-            for undo in done.iter().rev() {
-                // Best effort: the copies stay attached until their originals are back, so nothing is opened.
-                let _ = match undo {
-                    Done::Attached(program) => program.detach(cgroup.as_fd()),
-                    Done::Replaced => first.replace(cgroup.as_fd(), &mark),
-                    Done::Detached(program) => program.attach(cgroup.as_fd()),
-                };
-            }
-        }
-        result
+        mark::put_first(cgroup, &self.witness)
     }
 
     /// Removes our marks from a cgroup.
     pub fn unmark(&self, cgroup: &Cgroup) -> io::Result<()> {
-        unmark(cgroup)
+        mark::remove(cgroup)
     }
 
     /// Where the filter stands.
@@ -219,12 +209,11 @@ impl DeviceFilter {
     /// Takes everything of ours out: the marks of all cgroups first, because their verdict means nothing without the
     /// program at the root, then that program and with it the maps.
     pub fn release(root: &CgroupRoot) -> Result<()> {
-        let lifts =
-            our_programs(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))?;
+        let lifts = lifts(root)?;
         for path in root.walk() {
             // A cgroup that vanished took its programs along.
             if let Ok(cgroup) = root.open(&path) {
-                unmark(&cgroup).map_err(Error::host(format!("remove our mark from cgroup {path}")))?;
+                mark::remove(&cgroup).map_err(Error::host(format!("remove our mark from cgroup {path}")))?;
             }
         }
         for (lift, _) in lifts {
@@ -238,48 +227,6 @@ fn create_grants(capacity: u32) -> io::Result<Map> {
     Map::create_hash(GRANTS_MAP, KEY_SIZE, VALUE_SIZE, capacity)
 }
 
-enum Done<'a> {
-    Attached(&'a Program),
-    /// The mark has taken the place of the first original.
-    Replaced,
-    Detached(&'a Program),
-}
-
-fn step_aside<'a>(
-    cgroup: BorrowedFd<'_>,
-    mark: &Program,
-    originals: &'a [Program],
-    copies: &'a [Program],
-    done: &mut Vec<Done<'a>>,
-) -> io::Result<()> {
-    let attach = |program: &'a Program, done: &mut Vec<Done<'a>>| -> io::Result<()> {
-        program.attach(cgroup)?;
-        done.push(Done::Attached(program));
-        Ok(())
-    };
-    let detach = |program: &'a Program, done: &mut Vec<Done<'a>>| -> io::Result<()> {
-        program.detach(cgroup)?;
-        done.push(Done::Detached(program));
-        Ok(())
-    };
-    for copy in copies {
-        attach(copy, done)?;
-    }
-    let (first, others) = originals.split_first().expect("there is one");
-    mark.replace(cgroup, first)?;
-    done.push(Done::Replaced);
-    for original in others {
-        detach(original, done)?;
-    }
-    for original in originals {
-        attach(original, done)?;
-    }
-    for copy in copies {
-        detach(copy, done)?;
-    }
-    Ok(())
-}
-
 /// One version of ours is enough: others are left by a hand-over that was interrupted.
 fn detach_others(root: &CgroupRoot, ours: &[(Program, String)], kept: usize) -> Result<()> {
     for (_, (old, _)) in ours.iter().enumerate().filter(|(at, _)| *at != kept) {
@@ -288,39 +235,39 @@ fn detach_others(root: &CgroupRoot, ours: &[(Program, String)], kept: usize) -> 
     Ok(())
 }
 
-fn unmark(cgroup: &Cgroup) -> io::Result<()> {
-    for (mark, _) in our_programs(cgroup.as_fd(), program::MARK_PREFIX)? {
-        mark.detach(cgroup.as_fd())?;
-    }
-    Ok(())
+/// The programs of ours at the cgroup root.
+fn lifts(root: &CgroupRoot) -> Result<Vec<(Program, String)>> {
+    attached_as(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))
 }
 
-fn our_programs(cgroup: BorrowedFd<'_>, prefix: &str) -> io::Result<Vec<(Program, String)>> {
-    let mut ours = Vec::new();
-    for program in attached(cgroup)? {
-        let name = program.info()?.name;
-        if name.starts_with(prefix) {
-            ours.push((program, name));
-        }
-    }
-    Ok(ours)
-}
-
-/// The maps of the program with that name, if they have this build's layout.
-fn adopt(programs: &[(Program, String)], name: &str) -> io::Result<Option<DeviceFilter>> {
-    let Some((program, _)) = programs.iter().find(|(_, its_name)| its_name == name) else { return Ok(None) };
+/// The maps of a program of ours at the root, if they have this build's layout.
+fn adopt((program, name): &(Program, String)) -> io::Result<Option<DeviceFilter>> {
     if !name.starts_with(&format!("{}{LAYOUT}_", program::LIFT_PREFIX)) {
         return Ok(None);
     }
-    let (mut grants, mut witness) = (None, None);
+    let (mut grants, mut witness, mut withdrawn) = (None, None, None);
     for id in program.info()?.map_ids {
-        match Map::by_id(id)? {
-            (map, name) if name == GRANTS_MAP && map.sizes() == (KEY_SIZE, VALUE_SIZE) => grants = Some(map),
-            (map, name) if name == WITNESS_MAP && map.sizes() == (4, WITNESS_SIZE) => witness = Some(map),
+        let (map, its_name) = Map::by_id(id)?;
+        match (its_name.as_str(), map.sizes()) {
+            (GRANTS_MAP, (KEY_SIZE, VALUE_SIZE)) => grants = Some(map),
+            (WITHDRAWN_MAP, (KEY_SIZE, VALUE_SIZE)) => withdrawn = Some(map),
+            (WITNESS_MAP, (4, WITNESS_SIZE)) => witness = Some(map),
             _ => {}
         }
     }
-    Ok(grants.zip(witness).map(|(grants, witness)| DeviceFilter { grants, witness }))
+    Ok(grants.zip(witness).map(|(grants, witness)| DeviceFilter { grants, witness, withdrawn }))
+}
+
+fn entries(map: &Map) -> io::Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    for key in map.keys()? {
+        // An entry may go between the two calls.
+        if let (Some((cgroup, number)), Some(value)) = (parse_key(&key), map.get(&key)?) {
+            entries.push(Entry { cgroup, number, access: access(&value) });
+        }
+    }
+    entries.sort();
+    Ok(entries)
 }
 
 fn key(cgroup: u64, number: Number) -> [u8; KEY_SIZE] {

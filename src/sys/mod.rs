@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod devfs;
 pub mod device_filter;
 pub mod host;
+mod mark;
 pub mod namespace;
 pub mod node;
 pub mod process;

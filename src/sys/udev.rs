@@ -61,6 +61,14 @@ pub fn is_present(device: &Identity) -> bool {
     identity(&device.devpath).is_some_and(|now| now == *device)
 }
 
+/// Whether a device with that number is plugged in, or the host has a node with it at that path: some nodes stand for a
+/// driver that is loaded when they are opened.
+pub fn has_number(number: Number, node: &str) -> bool {
+    let kind = if number.kind == Kind::Block { "block" } else { "char" };
+    let listed = format!("/sys/dev/{kind}/{}:{}", number.major, number.minor);
+    stat(&listed).is_ok() || lstat(node).is_ok_and(|stat| number_of(&stat) == Some(number))
+}
+
 fn identity(devpath: &str) -> Option<Identity> {
     let directory = format!("/sys{devpath}");
     let inode = stat(&directory).ok()?.st_ino;

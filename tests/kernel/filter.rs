@@ -3,6 +3,8 @@
 use std::os::fd::AsFd;
 
 use qm_hotplug::core::device::{Access, Number};
+use qm_hotplug::core::filter_program::lift_name;
+use qm_hotplug::core::ledger::Withdrawal;
 use qm_hotplug::sys::cgroup::CgroupRoot;
 use qm_hotplug::sys::device_filter::{DeviceFilter, Entry};
 use rustix::io::Errno;
@@ -25,6 +27,8 @@ pub const TESTS: &[(&str, fn())] = &[
         "filter::level_31_is_reached_and_level_32_is_known_as_too_deep",
         level_31_is_reached_and_level_32_is_known_as_too_deep,
     ),
+    ("filter::a_withdrawal_closes_what_the_runtime_allows", a_withdrawal_closes_what_the_runtime_allows),
+    ("filter::the_form_changes_while_opening", the_form_changes_while_opening),
     ("filter::entries_are_listed", entries_are_listed),
     ("filter::a_full_map_is_doubled_while_in_use", a_full_map_is_doubled),
 ];
@@ -122,6 +126,69 @@ fn the_host_stays_as_it_was() {
     }
     DeviceFilter::release(&root).unwrap();
     assert_eq!(programs(root.as_fd()), before);
+}
+
+/// What programs of others allow is withdrawn from the cgroup and what is below it, from nobody else, and comes back.
+fn a_withdrawal_closes_what_the_runtime_allows() {
+    let mut stage = Stage::new();
+    let cgroup = TestCgroup::new("a");
+    cgroup.attach(&crate::stage::allow_only(NULL));
+    let (nested, other) = (cgroup.child("nested"), TestCgroup::new("other"));
+    let (mut actor, mut below, mut outside) = (cgroup.actor(), nested.actor(), other.actor());
+    let null = stage.nodes.node(NULL);
+    let names = || programs(CgroupRoot::find().unwrap().as_fd()).into_iter().map(|(_, name)| name).collect::<Vec<_>>();
+    let (reads, plain) = (lift_name(true), lift_name(false));
+    assert!(names().contains(&plain) && !names().contains(&reads));
+
+    stage.filter.withdraw(&stage.root, cgroup.id(), NULL, Withdrawal::ACCESS).unwrap();
+    stage.filter.withdraw(&stage.root, cgroup.id(), ZERO, Withdrawal::ACCESS).unwrap();
+    assert!(names().contains(&reads) && !names().contains(&plain), "{:?}", names());
+    for how in ["r", "w", "rw"] {
+        assert_eq!((actor.open(how, &null), below.open(how, &null)), (REFUSED, REFUSED), "{how}");
+    }
+    assert_eq!(outside.open("rw", &null), Ok(()), "nobody else");
+    assert_eq!(actor.mknod(NULL, stage.nodes.free()), Ok(()), "a node gives no access");
+
+    // A grant stands above it, also one that is made by another process that takes the filter over.
+    let mut again = DeviceFilter::open(&stage.root).unwrap();
+    assert_eq!(again.withdrawn().unwrap().len(), 2);
+    again.set(cgroup.id(), NULL, Access::READ).unwrap();
+    assert_eq!((actor.open("r", &null), actor.open("w", &null)), (Ok(()), REFUSED));
+    assert_eq!(below.open("r", &null), REFUSED, "not vouched for by a mark");
+    again.mark(&cgroup.open()).unwrap();
+    assert_eq!((actor.open("r", &null), below.open("r", &null)), (Ok(()), Ok(())));
+    again.unmark(&cgroup.open()).unwrap();
+    again.set(cgroup.id(), NULL, Access::NONE).unwrap();
+    assert_eq!(actor.open("r", &null), REFUSED);
+
+    again.withdraw(&stage.root, cgroup.id(), NULL, Access::NONE).unwrap();
+    assert_eq!((actor.open("rw", &null), below.open("rw", &null)), (Ok(()), Ok(())));
+    assert!(names().contains(&reads), "there is another one still");
+    again.withdraw(&stage.root, cgroup.id(), ZERO, Access::NONE).unwrap();
+    assert!(names().contains(&plain) && !names().contains(&reads), "{:?}", names());
+    assert_eq!(again.withdrawn().unwrap(), []);
+}
+
+/// While withdrawals of others come and go, nobody is refused who was allowed, and nobody let in who was not.
+fn the_form_changes_while_opening() {
+    let mut stage = Stage::new();
+    let (granted_to, mut granted) = stage.denied("granted");
+    let (_denied_to, mut denied) = stage.denied("denied");
+    let allowing = TestCgroup::new("allowing");
+    allowing.attach(&crate::stage::allow_only(NULL));
+    let mut allowed = allowing.actor();
+    let null = stage.nodes.node(NULL);
+    stage.filter.set(granted_to.id(), NULL, Access::ALL).unwrap();
+    for actor in [&mut granted, &mut denied, &mut allowed] {
+        actor.hammer("rw", &null);
+    }
+    for round in 0..200 {
+        let access = if round % 2 == 0 { Access::ALL } else { Access::NONE };
+        stage.filter.withdraw(&stage.root, 7, NULL, access).unwrap();
+    }
+    granted.stop()[0].always(Ok(()));
+    allowed.stop()[0].always(Ok(()));
+    denied.stop()[0].always(REFUSED);
 }
 
 /// What the container's own filter allows stays allowed, whatever the map says of it.

@@ -55,7 +55,7 @@ fn opening_twice_takes_over() {
     stage.filter.set(7, NULL, Access::READ).unwrap();
     let before = ours();
     assert_eq!(before.len(), 1);
-    assert_eq!(before[0].1, filter_program::lift_name());
+    assert_eq!(before[0].1, filter_program::lift_name(false));
     let again = DeviceFilter::open(&stage.root).unwrap();
     assert_eq!(ours(), before, "the very same program");
     assert_eq!(again.get(7, NULL).unwrap(), Access::READ);
@@ -121,7 +121,7 @@ fn a_hand_over_does_not_jump() {
     stage.filter.set(cgroup.id(), ABSENT, Access::ALL).unwrap();
     let _foreign = Foreign::attach("guard");
     for name in ["qmhp_lift1_aaaa", "qmhp_lift1_bbbb"] {
-        DeviceFilter::open_as(&stage.root, name).unwrap();
+        DeviceFilter::open_as(&stage.root, |_| name).unwrap();
         assert_eq!(ours().len(), 1);
         assert_eq!(DeviceFilter::standing(&stage.root).unwrap().after, ["guard"]);
         assert_eq!(actor.open("r", &absent), REFUSED, "the one who came later has the last word");
@@ -145,7 +145,7 @@ fn hand_over_between_two_builds() {
     let mut ids = BTreeSet::new();
     for round in 0..200 {
         let name = ["qmhp_lift1_aaaa", "qmhp_lift1_bbbb"][round % 2];
-        let filter = DeviceFilter::open_as(&stage.root, name).unwrap();
+        let filter = DeviceFilter::open_as(&stage.root, |_| name).unwrap();
         assert_eq!(filter.entries().unwrap(), entries);
         let now = ours();
         assert_eq!(now.iter().map(|(_, name)| name.as_str()).collect::<Vec<_>>(), [name]);
@@ -169,7 +169,7 @@ fn what_a_killed_hand_over_left_is_cleared() {
     assert_eq!(ours().len(), 3);
     let filter = DeviceFilter::open(&stage.root).unwrap();
     assert_eq!(filter.get(7, NULL).unwrap(), Access::READ);
-    assert_eq!(ours().iter().map(|(_, name)| name.clone()).collect::<Vec<_>>(), [filter_program::lift_name()]);
+    assert_eq!(ours().iter().map(|(_, name)| name.clone()).collect::<Vec<_>>(), [filter_program::lift_name(false)]);
 }
 
 fn release_leaves_nothing() {

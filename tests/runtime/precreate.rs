@@ -2,10 +2,14 @@
 
 use std::os::unix::fs::MetadataExt;
 
+use qm_hotplug::core::device::{Access, Number};
+use qm_hotplug::sys::cgroup::CgroupRoot;
+use qm_hotplug::sys::device_filter::DeviceFilter;
+
 use crate::Case;
 use crate::agent::{assert_has_no_ttys, assert_has_ttys};
 use crate::plug::trigger;
-use crate::state::{entries, programs_on};
+use crate::state::{entries, ledger, programs_on};
 use crate::support::podman::{Container, describe, place};
 use crate::support::{Agent, BINARY, assert_nothing_left, grants, qm, wait_for};
 
@@ -13,6 +17,8 @@ pub(crate) const CASES: &[Case] = &[
     ("precreate::devices_are_there_and_open", devices_are_there_and_open),
     ("precreate::a_container_without_annotations_is_as_ever", a_container_without_annotations_is_as_ever),
     ("precreate::with_the_agent_nothing_is_double", with_the_agent_nothing_is_double),
+    ("precreate::an_unplug_takes_the_right_of_the_start_too", an_unplug_takes_the_right_of_the_start_too),
+    ("precreate::detach_takes_the_right_of_the_start_too", detach_takes_the_right_of_the_start_too),
 ];
 
 const ASKS: [&str; 2] = ["--annotation", "org.containers.qm.device.ttys=true"];
@@ -69,7 +75,7 @@ fn with_the_agent_nothing_is_double(runtime: &str) {
     let inode = |path: &str| c.look(path).unwrap().ino();
     let before = inode("/dev/tty3");
     assert!(
-        grants().iter().all(|grant| grant["node"] == "container's" && grant["origin"] == "rule:ttys"),
+        grants().iter().all(|grant| grant["node"] == "container's" && grant["origin"] == "start"),
         "{:?}",
         grants()
     );
@@ -86,4 +92,73 @@ fn with_the_agent_nothing_is_double(runtime: &str) {
     agent.stop();
     qm(&["agent", "--release"]).ok();
     assert_opens_all(&c);
+}
+
+fn withdrawn() -> Vec<Number> {
+    let filter = DeviceFilter::existing(&CgroupRoot::find().unwrap()).unwrap();
+    filter.map_or_else(Vec::new, |filter| filter.withdrawn().unwrap().into_iter().map(|entry| entry.number).collect())
+}
+
+fn refused(c: &Container) -> bool {
+    c.open("<>", "/dev/byhand") == crate::attach::REFUSED.map_err(Into::into)
+}
+
+/// The runtime's own filter allows the device until the container ends; ours does not while it is unplugged.
+fn an_unplug_takes_the_right_of_the_start_too(runtime: &str) {
+    let agent = Agent::start();
+    let c = start(runtime, "qmh-hook-unplug", &ASKS);
+    let other = Container::start(runtime, "qmh-given", &["--device=/dev/tty5"]);
+    c.past_the_filter("mknod /dev/byhand c 4 5").ok();
+    wait_for("the agent to have seen it", || grants().len() == 8);
+    assert!(c.opens("<>", "/dev/byhand"));
+    trigger("remove", "tty5");
+    wait_for("node and right to go", || c.node("/dev/tty5").is_none() && refused(&c));
+    wait_for("the agent to be done", || grants().len() == 7);
+    assert!(c.opens("<>", "/dev/tty4") && other.opens("<>", "/dev/tty5"), "other devices and others stay");
+
+    // The agent's end does not open it. What the ledger does not know of is removed by the next agent.
+    agent.stop();
+    assert!(refused(&c) && withdrawn().len() == 1);
+    let root = CgroupRoot::find().unwrap();
+    let mut filter = DeviceFilter::existing(&root).unwrap().unwrap();
+    filter.withdraw(&root, 7, Number { minor: 77, ..withdrawn()[0] }, Access::ALL).unwrap();
+    let agent = Agent::start();
+    assert_eq!((withdrawn().len(), grants().len()), (0, 8), "it was plugged in all the time");
+    assert!(agent.log().contains("cgroup 7 had 'rwm' on c 4:77 withdrawn"), "{}", agent.log());
+    assert!(c.opens("<>", "/dev/tty5"));
+
+    // Plugged in again: granted by the rule, and by the runtime as before.
+    trigger("remove", "tty5");
+    wait_for("the right to go", || refused(&c));
+    trigger("add", "tty5");
+    wait_for("the grant", || grants().len() == 8 && c.node("/dev/tty5").is_some());
+    assert!(c.opens("<>", "/dev/tty5") && c.opens("<>", "/dev/byhand"));
+    wait_for("the withdrawal to go", || withdrawn().is_empty());
+    let origins: Vec<_> = grants().iter().map(|grant| grant["origin"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(origins.iter().filter(|origin| *origin == "rule:ttys").count(), 1, "{origins:?}");
+
+    // The container's end leaves nothing withdrawn.
+    trigger("remove", "tty5");
+    wait_for("the right to go", || refused(&c));
+    drop(c);
+    wait_for("all of it to go", || withdrawn().is_empty() && grants().is_empty() && ledger().is_empty());
+    agent.stop();
+}
+
+fn detach_takes_the_right_of_the_start_too(runtime: &str) {
+    let agent = Agent::start();
+    let c = start(runtime, "qmh-hook-detach", &ASKS);
+    c.past_the_filter("mknod /dev/byhand c 4 5").ok();
+    wait_for("the agent to have seen it", || grants().len() == 8);
+    agent.stop();
+    qm(&["detach", &c.name, "/dev/tty5"]).ok();
+    assert!(c.node("/dev/tty5").is_none() && refused(&c));
+    // A person's own grant stands above what is withdrawn, and leaves it as it was.
+    qm(&["attach", &c.name, "/dev/tty5"]).ok();
+    assert!(c.opens("<>", "/dev/tty5"));
+    qm(&["detach", &c.name, "/dev/tty5"]).ok();
+    assert!(refused(&c) && withdrawn().len() == 1);
+    qm(&["agent", "--release"]).ok();
+    assert_nothing_left();
+    assert!(!refused(&c), "without us the container has what its runtime gave it");
 }
