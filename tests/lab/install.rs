@@ -149,15 +149,34 @@ fn the_hook_gives_what_is_there_at_start(vm: &Vm) -> Vec<Container<'_>> {
     }
     assert_eq!(hookless[0].node("/dev/ttyUSB0"), "nothing");
     assert_eq!(hookless[0].open_by_hand("c 188 0"), "Operation not permitted");
-    // The agent takes over what the hook gave: it takes the node away when the stick goes, and gives the next one.
+    // What the hook gave goes with the stick, even if the agent comes to know of both only later.
+    stick.unplug();
+    vm.wait_ok("the host's node to go", SECONDS_10, "! test -e /dev/ttyUSB0");
     vm.ok("systemctl start qm-hotplug");
     for container in &hooked {
+        container.wait_for_no("/dev/ttyUSB0");
+        assert_eq!(container.open_by_hand("c 188 0"), "Operation not permitted", "{}: never seen", container.name);
+    }
+    let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
+    for container in &hooked {
+        container.wait_for("/dev/ttyUSB0");
         assert_eq!(grants_of(vm, &container.name), [("/dev/ttyUSB0".into(), "rule:ttyUSB".into())]);
         assert_eq!(container.open("/dev/ttyUSB0"), "opens", "{}: with the agent", container.name);
     }
+    // Started with the agent: `list` tells what came from where.
+    let started =
+        Container::run_all(vm, &[("crun", "late-crun", ASKS_FOR_STICKS), ("runc", "late-runc", ASKS_FOR_STICKS)]);
+    for container in &started {
+        assert_eq!(container.open("/dev/ttyUSB0"), "opens", "{}", container.name);
+        vm.wait("the agent to know of it", SECONDS_10, |vm| (!grants_of(vm, &container.name).is_empty()).then_some(()));
+        assert_eq!(grants_of(vm, &container.name), [("/dev/ttyUSB0".into(), "start".into())]);
+    }
     stick.unplug();
-    hooked.iter().for_each(|container| container.wait_for_no("/dev/ttyUSB0"));
-    hooked
+    for container in hooked.iter().chain(&started) {
+        container.wait_for_no("/dev/ttyUSB0");
+        assert_eq!(container.open_by_hand("c 188 0"), "Operation not permitted", "{}", container.name);
+    }
+    hooked.into_iter().chain(started).collect()
 }
 
 fn after_the_removal_nothing_is_left(vm: &Vm, installed: Installed<'_>, containers: &[Container<'_>]) {
