@@ -26,13 +26,15 @@
 //! | [`runtime`] | what each container runtime leaves on disk | `core`, `sys` |
 //! | [`ops`] | carries out plans, keeps the ledger | the above |
 //! | [`agent`] | the service: one loop that observes, plans, executes; its socket | the above |
-//! | [`precreate`] | the OCI hook | `core`, `sys` |
+//! | [`config`] | the host's configuration files | `core` |
+//! | [`precreate`] | the OCI hook | `core`, `sys`, `config` |
 //! | [`cli`] | one file a command, and what a person reads | all |
 
 #![deny(unsafe_code)]
 
 pub mod agent;
 pub mod cli;
+pub mod config;
 pub mod core;
 pub mod error;
 pub mod ops;

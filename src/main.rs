@@ -5,9 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use qm_hotplug::cli::{Cli, Command, run};
+use qm_hotplug::cli::{Cli, Command, precreate, run};
 use qm_hotplug::core::text::printable;
 use qm_hotplug::error::Error;
+use qm_hotplug::precreate::Hook;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -23,20 +24,25 @@ fn main() -> ExitCode {
 }
 
 fn start() -> anyhow::Result<()> {
+    if let Some(hook) = std::env::args().next().and_then(|program| Hook::called_as(&program)) {
+        start_logging(true, true).context("cannot set up logging")?;
+        return Ok(precreate(Some(hook))?);
+    }
     let cli = Cli::parse();
-    start_logging(matches!(cli.command, Command::Agent(_))).context("cannot set up logging")?;
+    let (is_agent, is_hook) = (matches!(cli.command, Command::Agent(_)), matches!(cli.command, Command::Precreate));
+    // An engine throws away what its hook writes to stderr, unless the hook fails.
+    start_logging(is_agent || is_hook, is_hook || is_agent && stderr_is_the_journal())
+        .context("cannot set up logging")?;
     Ok(run(cli)?)
 }
 
-/// To the journal where systemd connected stderr to it, to stderr elsewhere. `QM_HOTPLUG_LOG` sets the level.
-fn start_logging(is_agent: bool) -> anyhow::Result<()> {
-    let level = if is_agent { "info" } else { "warn" };
+/// To the journal, where that is to be and it is there, else to stderr. `QM_HOTPLUG_LOG` sets the level.
+fn start_logging(is_service: bool, to_journal: bool) -> anyhow::Result<()> {
+    let journal = if to_journal { tracing_journald::layer().ok() } else { None };
+    let level = if is_service && (journal.is_some() || !to_journal) { "info" } else { "warn" };
     let filter = EnvFilter::try_from_env("QM_HOTPLUG_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let registry = tracing_subscriber::registry().with(filter);
-    if is_agent
-        && stderr_is_the_journal()
-        && let Ok(journal) = tracing_journald::layer()
-    {
+    if let Some(journal) = journal {
         return Ok(registry.with(journal.with_syslog_identifier("qm-hotplug".into())).try_init()?);
     }
     let plain = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);

@@ -14,7 +14,7 @@ use clap::{CommandFactory, Parser};
 use libtest_mimic::{Arguments, Trial};
 use qm_hotplug::cli::Cli;
 use qm_hotplug::core::annotation::DEVICE_PREFIX;
-use qm_hotplug::core::category::CATEGORIES;
+use qm_hotplug::core::category::Categories;
 use qm_hotplug::sys::host::NEEDED;
 use support::podman::Container;
 use support::{Agent, BINARY, Said, assert_nothing_left, run, wait_for};
@@ -119,7 +119,7 @@ fn tables_are_complete() {
         let row = |end: &str| README.contains(&format!("\n| `{command}{end}"));
         assert!(row("` |") || row(" "), "no row for {command}");
     }
-    for category in CATEGORIES {
+    for category in Categories::default().iter() {
         assert!(README.contains(&format!("\n| `{DEVICE_PREFIX}{}` |", category.name)), "no row for {}", category.name);
     }
     let unit = std::fs::read_to_string("units/qm-hotplug.service").unwrap();

@@ -91,7 +91,10 @@ async fn serve(mut executor: Executor) -> Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = tick(&mut watchdog) => notify(&[NotifyState::Watchdog]),
-            _ = hang_up.recv() => reconcile::everything(&mut executor, &mut registry),
+            _ = hang_up.recv() => {
+                registry.reconfigure();
+                reconcile::everything(&mut executor, &mut registry);
+            }
             first = news.recv() => {
                 let Some(first) = first else {
                     let ended = std::io::Error::other("the thread that waits for them ended");

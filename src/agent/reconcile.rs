@@ -3,14 +3,14 @@
 use std::time::Instant;
 
 use crate::agent::registry::{Known, Registry};
-use crate::core::device::{Access, Device, Identity, Number};
+use crate::core::device::{Access, Device, Identity, Kind, Number};
 use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin, Placement};
 use crate::core::matcher;
 use crate::core::plan::{Change, changes};
 use crate::ops::Executor;
 use crate::runtime;
 use crate::sys::process::is_gone;
-use crate::sys::udev;
+use crate::sys::{block, udev};
 
 /// Compares everything: at start, and when events were lost.
 pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
@@ -22,7 +22,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
         registry.learn(&executor.cgroups, container);
     }
     let mut desired: Vec<Grant> =
-        registry.containers.values().flat_map(|known| wanted(known, registry.devices.values())).collect();
+        registry.containers.values().flat_map(|known| wanted(executor, known, registry.devices.values())).collect();
     let mut observed = executor.ledger.entries().to_vec();
     observed.extend(registry.containers.values().flat_map(|known| lost_since_start(executor, known)));
     let stays = |entry: &&Entry| manual_and_valid(entry) || is_undecided(entry, registry);
@@ -40,7 +40,8 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     let devpath = device.identity.devpath.clone();
     registry.retry(&executor.cgroups);
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == devpath);
-    let mut desired: Vec<Grant> = registry.containers.values().flat_map(|known| wanted(known, [&device])).collect();
+    let mut desired: Vec<Grant> =
+        registry.containers.values().flat_map(|known| wanted(executor, known, [&device])).collect();
     desired.retain(|grant| match other_device_at(executor, grant) {
         None => true,
         Some(other) => {
@@ -76,7 +77,7 @@ pub(super) fn container(executor: &mut Executor, registry: &mut Registry, direct
         return mark_again(executor, id);
     }
     let Some(known) = registry.containers.get(id) else { return };
-    let mut desired: Vec<Grant> = wanted(known, registry.devices.values());
+    let mut desired: Vec<Grant> = wanted(executor, known, registry.devices.values());
     observed.extend(lost_since_start(executor, known));
     desired.extend(observed.iter().filter(|entry| manual_and_valid(entry)).map(|entry| entry.grant.clone()));
     carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
@@ -117,8 +118,7 @@ fn lost_since_start(executor: &Executor, known: &Known) -> Vec<Entry> {
     };
     let mut lost = Vec::new();
     for (number, path) in &known.container.devices {
-        let rule = known.rules.iter().find(|rule| rule.category.contains_node(path));
-        if let Some(rule) = rule
+        if let Some(rule) = known.rules.iter().find(|rule| rule.may_stand_for(*number, path))
             && !udev::has_number(*number, path)
             && !is_known(number)
         {
@@ -128,7 +128,7 @@ fn lost_since_start(executor: &Executor, known: &Known) -> Vec<Entry> {
                 device: Granted { number: *number, identity, node: path.clone() },
                 access: Access::ALL,
                 node: Node { path: path.clone(), uid: 0, gid: 0, mode: 0 },
-                origin: Origin::Rule(rule.category.name.to_owned()),
+                origin: Origin::Rule(rule.to_string()),
                 at_start: true,
             };
             lost.push(Entry { grant, placement: Placement::Container, left_over: None });
@@ -153,11 +153,24 @@ fn entries(executor: &Executor, test: impl Fn(&Entry) -> bool) -> Vec<Entry> {
     executor.ledger.entries().iter().filter(|entry| test(entry)).cloned().collect()
 }
 
-fn wanted<'a>(known: &Known, devices: impl IntoIterator<Item = &'a Device>) -> Vec<Grant> {
-    known
-        .holder
-        .as_ref()
-        .map_or_else(Vec::new, |holder| matcher::desired(holder, &known.container.devices, &known.rules, devices))
+/// What a container should have of these devices. A block device that the host uses is left out, unless the container
+/// has it already: then it is the one that uses it.
+fn wanted<'a>(executor: &Executor, known: &Known, devices: impl IntoIterator<Item = &'a Device>) -> Vec<Grant> {
+    let Some(holder) = &known.holder else { return Vec::new() };
+    let mut grants = matcher::desired(holder, &known.container.devices, &known.rules, devices);
+    grants.retain(|grant| {
+        let number = grant.device.number;
+        let has_it = || executor.ledger.entries().iter().any(|entry| entry.grant.is_same(grant));
+        if number.kind == Kind::Char || grant.at_start || has_it() {
+            return true;
+        }
+        let reason = block::in_use(&grant.device.node, &format!("{}:{}", number.major, number.minor));
+        if let Some(reason) = &reason {
+            tracing::debug!(container = holder.label(), "{} not granted: {reason}", grant.device.node);
+        }
+        reason.is_none()
+    });
+    grants
 }
 
 fn has_ended(entry: &Entry) -> bool {

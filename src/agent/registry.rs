@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::agent::watch::Watched;
+use crate::config;
 use crate::core::annotation::{Rule, rules};
+use crate::core::category::Categories;
 use crate::core::container::Container;
 use crate::core::device::Device;
 use crate::core::ledger::Holder;
@@ -37,6 +39,7 @@ pub(super) struct Registry {
     others: HashMap<String, (Process, u64)>,
     /// Ids of the cgroups that are watched, those of containers with grants.
     cgroups: BTreeSet<u64>,
+    categories: Categories,
     watched: Watched,
 }
 
@@ -47,6 +50,7 @@ impl Registry {
             containers: HashMap::new(),
             others: HashMap::new(),
             cgroups: BTreeSet::new(),
+            categories: config::categories(),
             watched,
         }
     }
@@ -67,7 +71,7 @@ impl Registry {
             }
         }
         let Some(init) = Process::open_same(container.pid, container.start_time) else { return false };
-        let (rules, ignored) = rules(container.annotations.iter().map(|(key, value)| (key.as_str(), value.as_str())));
+        let (rules, ignored) = rules(container.annotations(), &self.categories);
         for annotation in ignored.iter().filter(|_| is_new) {
             tracing::warn!(
                 container = container.label(),
@@ -97,6 +101,14 @@ impl Registry {
         tracing::debug!(container = container.label(), id = container.id, "known");
         self.containers.insert(container.id.clone(), Known { container, rules, holder, _init: init, token });
         true
+    }
+
+    /// Reads the host's configuration again.
+    pub(super) fn reconfigure(&mut self) {
+        self.categories = config::categories();
+        for known in self.containers.values_mut() {
+            known.rules = rules(known.container.annotations(), &self.categories).0;
+        }
     }
 
     /// Looks again at containers that ask for something and could not be worked on when they were last looked at: they

@@ -15,6 +15,8 @@ use crate::agent::client;
 use crate::core::protocol::Request;
 use crate::error::{Error, Result};
 use crate::ops::Executor;
+use crate::precreate::discovery::Host;
+use crate::precreate::{self, Hook, Surroundings};
 
 /// Hot-plugged devices in running containers.
 #[derive(Debug, Parser)]
@@ -66,8 +68,14 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Status(args) => status::run(args),
         Command::Agent(args) if args.release => release(),
         Command::Agent(_) => crate::agent::run(),
-        Command::Precreate => crate::precreate::run(&mut std::io::stdin().lock(), &mut std::io::stdout().lock()),
+        Command::Precreate => precreate(None),
     }
+}
+
+/// Acts as one of containers/qm's hooks, or as both.
+pub fn precreate(hook: Option<&'static Hook>) -> Result<()> {
+    let around = Surroundings { discovery: &Host, log: None };
+    precreate::run(hook, &around, &mut std::io::stdin().lock(), &mut std::io::stdout().lock())
 }
 
 /// How long a command waits for another one, or for an agent that is just starting.

@@ -3,7 +3,9 @@
 use serde::Serialize;
 
 use crate::cli::output;
-use crate::core::annotation::rules_of;
+use crate::config;
+use crate::core::annotation::rules;
+use crate::core::category::Categories;
 use crate::core::container::{Container, Runtime};
 use crate::error::Result;
 use crate::ops::live::hold;
@@ -28,8 +30,8 @@ struct ContainerInfo {
     pid: u32,
     /// Its own cgroup, where it can be worked on.
     cgroup: Option<String>,
-    /// Categories that its annotations ask for.
-    asks: Vec<&'static str>,
+    /// Categories and seats that its annotations ask for.
+    asks: Vec<String>,
     /// Why it cannot be worked on.
     problem: Option<String>,
 }
@@ -38,8 +40,9 @@ struct ContainerInfo {
 pub(super) fn run(args: Args) -> Result<()> {
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
+    let categories = config::categories();
     let mut containers: Vec<ContainerInfo> =
-        runtime::scan().into_iter().map(|container| info(&cgroups, container)).collect();
+        runtime::scan().into_iter().map(|container| info(&cgroups, &categories, container)).collect();
     containers.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
     if args.json {
         return output::json(&containers);
@@ -57,12 +60,12 @@ pub(super) fn run(args: Args) -> Result<()> {
     output::table(&["NAME", "ID", "RUNTIME", "PID", "ASKS FOR", "PROBLEM"], rows)
 }
 
-fn info(cgroups: &CgroupRoot, container: Container) -> ContainerInfo {
+fn info(cgroups: &CgroupRoot, categories: &Categories, container: Container) -> ContainerInfo {
     let held = hold(cgroups, &container);
     ContainerInfo {
         cgroup: held.as_ref().ok().map(|holder| holder.cgroup.clone()),
         problem: held.err().map(|error| error.chain()),
-        asks: rules_of(&container.annotations).iter().map(|rule| rule.category.name).collect(),
+        asks: rules(container.annotations(), categories).0.iter().map(ToString::to_string).collect(),
         name: container.name,
         id: container.id,
         runtime: container.runtime,

@@ -1,18 +1,57 @@
 //! The annotations of a container that ask for devices.
 
-use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
 
-use crate::core::category::Category;
+use crate::core::category::{Categories, Category, render_nodes};
+use crate::core::device::{Device, Kind, Number};
+use crate::core::seat::{self, Seat};
 use crate::core::text::printable;
 
-/// What precedes the category's name; the same as containers/qm's device manager reads.
+/// What precedes all of ours and of containers/qm's.
+pub const PREFIX: &str = "org.containers.qm.";
+/// What precedes a category's name; the same as containers/qm's device manager reads.
 pub const DEVICE_PREFIX: &str = "org.containers.qm.device.";
+/// Asks for what belongs to the seat that is its value.
+pub const SEAT: &str = "org.containers.qm.wayland.seat";
+/// Asks for render nodes.
+pub const GPU: &str = "org.containers.qm.wayland-client.gpu";
 
-/// What a container asks for: all devices of a category.
+/// What a container asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rule {
-    /// The category.
-    pub category: &'static Category,
+pub enum Rule {
+    /// All devices of a category.
+    Category(Arc<Category>),
+    /// All devices of a seat.
+    Seat(Seat),
+}
+
+impl Rule {
+    /// Whether it asks for the device.
+    pub fn matches(&self, device: &Device) -> bool {
+        match self {
+            Rule::Category(category) => category.contains(device),
+            Rule::Seat(seat) => seat.has(device),
+        }
+    }
+
+    /// Whether a device that is gone may have been granted by it, judged by its node alone.
+    pub fn may_stand_for(&self, number: Number, node: &str) -> bool {
+        match self {
+            Rule::Category(category) => category.kind == number.kind && category.contains_node(node),
+            Rule::Seat(_) => number.kind == Kind::Char && seat::may_have(node),
+        }
+    }
+}
+
+/// The category's or the seat's name.
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Rule::Category(category) => f.write_str(&category.name),
+            Rule::Seat(seat) => f.write_str(&seat.name),
+        }
+    }
 }
 
 /// An annotation of ours that grants nothing, and why.
@@ -24,49 +63,108 @@ pub struct Ignored {
     pub reason: String,
 }
 
-/// The rules of a container. Unknown categories and values that do not switch on are returned beside them, to be logged.
-pub fn rules<'a>(annotations: impl IntoIterator<Item = (&'a str, &'a str)>) -> (Vec<Rule>, Vec<Ignored>) {
-    let (mut rules, mut ignored) = (Vec::new(), Vec::new());
-    for (key, value) in annotations {
-        let Some(name) = key.strip_prefix(DEVICE_PREFIX) else { continue };
-        let reason = match (Category::named(name), value) {
-            (None, _) => format!("there is no category '{name}'"),
-            (Some(category), "true" | "1" | "yes") => {
-                rules.push(Rule { category });
-                continue;
+/// What an annotation's value switches on, where it is in order; else why not, in words. `None` for annotations that
+/// are not ours.
+pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Rule, Ignored>> {
+    let name = key.strip_prefix(PREFIX)?;
+    let is_on = matches!(value, "true" | "1" | "yes");
+    let is_not_on = || Err(format!("'{value}' is none of true, 1 and yes"));
+    let rule = match (key.strip_prefix(DEVICE_PREFIX), key) {
+        (Some(name), _) => match categories.named(name) {
+            None => Err(format!("there is no category '{name}'")),
+            Some(_) if !is_on => is_not_on(),
+            Some(category) if !category.enabled => {
+                Err(format!("a file in /etc/qm-hotplug/config.d has to enable it, with the line enable = [\"{name}\"]"))
             }
-            (Some(_), other) => format!("'{other}' is none of true, 1 and yes"),
-        };
-        ignored.push(Ignored { key: printable(key), reason: printable(&reason) });
-    }
-    (rules, ignored)
+            Some(category) => Ok(Rule::Category(category.clone())),
+        },
+        (None, SEAT) if seat::is_valid_name(value) => {
+            Ok(Rule::Seat(Seat { name: value.to_owned(), withheld: categories.withheld() }))
+        }
+        (None, SEAT) => Err(format!("'{value}' is no name of a seat, such as seat0")),
+        (None, GPU) if ["true", "1", "yes"].iter().any(|on| value.eq_ignore_ascii_case(on)) => {
+            Ok(Rule::Category(Arc::new(render_nodes())))
+        }
+        (None, GPU) => is_not_on(),
+        _ => Err(format!("there is no annotation '{name}'")),
+    };
+    Some(rule.map_err(|reason| Ignored { key: printable(key), reason: printable(&reason) }))
 }
 
-/// [`rules`] of a map, without what was ignored.
-pub fn rules_of(annotations: &BTreeMap<String, String>) -> Vec<Rule> {
-    rules(annotations.iter().map(|(key, value)| (key.as_str(), value.as_str()))).0
+/// The rules of a container. What asks for nothing is returned beside them, to be logged.
+pub fn rules<'a>(
+    annotations: impl IntoIterator<Item = (&'a str, &'a str)>,
+    categories: &Categories,
+) -> (Vec<Rule>, Vec<Ignored>) {
+    let (mut rules, mut ignored) = (Vec::new(), Vec::new());
+    for found in annotations.into_iter().filter_map(|(key, value)| rule(key, value, categories)) {
+        match found {
+            Ok(rule) => rules.push(rule),
+            Err(one) => ignored.push(one),
+        }
+    }
+    (rules, ignored)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    fn of(key: &str, value: &str) -> Result<String, String> {
+        let rule = rule(key, value, &Categories::default()).expect("it is ours");
+        rule.map(|rule| rule.to_string()).map_err(|ignored| ignored.reason)
+    }
 
     #[test]
     fn only_true_1_and_yes_switch_a_category_on() {
         for value in ["true", "1", "yes"] {
-            let (rules, ignored) = rules([("org.containers.qm.device.ttyUSB", value)]);
-            assert_eq!((rules[0].category.name, ignored.len()), ("ttyUSB", 0));
+            assert_eq!(of("org.containers.qm.device.ttyUSB", value), Ok("ttyUSB".into()));
         }
         for value in ["", "True", "false", "true ", "true\norg.containers.qm.device.audio=true"] {
-            let (rules, ignored) = rules([("org.containers.qm.device.ttyUSB", value)]);
-            assert_eq!((rules.len(), ignored.len()), (0, 1), "{value:?}");
+            let reason = of("org.containers.qm.device.ttyUSB", value).unwrap_err();
+            assert!(reason.ends_with("is none of true, 1 and yes") && !reason.contains('\n'), "{reason}");
         }
     }
 
     #[test]
-    fn unknown_categories_are_named_and_foreign_keys_passed_over() {
-        let (rules, ignored) = rules([("org.containers.qm.device.tape", "true"), ("io.podman.annotations.label", "x")]);
-        assert!(rules.is_empty());
-        assert_eq!(ignored[0].reason, "there is no category 'tape'");
+    fn the_gpu_is_switched_on_in_any_case() {
+        for value in ["true", "1", "yes", "True", "YES", "yEs"] {
+            assert_eq!(of(GPU, value), Ok("wayland-client.gpu".into()));
+        }
+        for value in ["", "2", "on", "true false", "TRUE;true", "null"] {
+            assert!(of(GPU, value).is_err(), "{value}");
+        }
+    }
+
+    #[test]
+    fn a_seat_is_named_by_loginds_rule() {
+        assert_eq!(of(SEAT, "seat1"), Ok("seat1".into()));
+        for value in ["", "true", "--host=evil", "../x", "seat0\norg.containers.qm.device.audio=true"] {
+            assert!(of(SEAT, value).unwrap_err().contains("no name of a seat"), "{value}");
+        }
+    }
+
+    #[test]
+    fn what_is_unknown_or_withheld_is_named_and_foreign_keys_are_passed_over() {
+        assert_eq!(of("org.containers.qm.device.tape", "true"), Err("there is no category 'tape'".into()));
+        assert_eq!(of("org.containers.qm.device.", "true"), Err("there is no category ''".into()));
+        assert_eq!(
+            of("org.containers.qm.wayland.seat.0", "seat0"),
+            Err("there is no annotation 'wayland.seat.0'".into())
+        );
+        let reason = of("org.containers.qm.device.usb", "true").unwrap_err();
+        assert!(reason.contains("enable = [\"usb\"]"), "{reason}");
+        let foreign = [("io.podman.annotations.label", "x"), ("org.containers.qmx", "true")];
+        assert_eq!(rules(foreign, &Categories::default()), (vec![], vec![]));
+    }
+
+    proptest! {
+        #[test]
+        fn any_annotation_is_read_and_what_is_said_of_it_is_one_line(key in "(org\\.containers\\.qm\\.)?(device\\.|wayland\\.seat)?.{0,8}", value in any::<String>()) {
+            if let Some(Err(ignored)) = rule(&key, &value, &Categories::default()) {
+                prop_assert!(!ignored.key.contains('\n') && !ignored.reason.chars().any(char::is_control));
+            }
+        }
     }
 }

@@ -1,104 +1,205 @@
-//! Categories: what `org.containers.qm.device.NAME` stands for. One table for the hook and the agent.
+//! Categories: what `org.containers.qm.device.NAME` stands for. One table for the hook and the agent; a host's
+//! configuration adds to it.
 
-use crate::core::device::{Device, Kind};
+use std::sync::Arc;
+
+use crate::core::config::ConfigFile;
+use crate::core::device::{Device, Kind, Number};
+use crate::core::pattern::Pattern;
 
 /// A named set of devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Category {
     /// The last part of the annotation, `ttyUSB`.
-    pub name: &'static str,
-    /// Patterns on the node's path. They may end in `#` (a number), `[a-b]` (one character) or `/**` (all below).
-    pub patterns: &'static [&'static str],
+    pub name: String,
+    /// The nodes' paths on the host.
+    pub patterns: Vec<Pattern>,
+    /// Character or block devices.
+    pub kind: Kind,
+    /// Whether this host lets containers have it.
+    pub enabled: bool,
 }
 
-/// The categories of containers/qm's device manager, with the same meaning.
-pub const CATEGORIES: &[Category] = &[
-    Category { name: "audio", patterns: &["/dev/snd/**"] },
-    Category { name: "video", patterns: &["/dev/video#", "/dev/media#"] },
-    Category { name: "input", patterns: &["/dev/input/**"] },
-    Category { name: "ttys", patterns: &["/dev/tty[0-7]"] },
-    Category { name: "ttyUSB", patterns: &["/dev/ttyUSB#"] },
-    Category { name: "dvb", patterns: &["/dev/dvb/**"] },
-    Category { name: "radio", patterns: &["/dev/radio#"] },
-];
-
 impl Category {
-    /// The category of that name.
-    pub fn named(name: &str) -> Option<&'static Category> {
-        CATEGORIES.iter().find(|category| category.name == name)
-    }
-
-    /// Whether the device is in the category. All of today's are character devices.
+    /// Whether the device is in the category.
     pub fn contains(&self, device: &Device) -> bool {
-        device.number.kind == Kind::Char && self.contains_node(&device.node)
+        device.number.kind == self.kind && !is_forbidden(device.number) && self.contains_node(&device.node)
     }
 
     /// Whether a node of that path would be in the category.
     pub fn contains_node(&self, node: &str) -> bool {
-        self.patterns.iter().any(|pattern| pattern_matches(pattern, node))
-    }
-
-    /// The directories, and whether to look below them, that hold every node of the category.
-    pub fn places(&self) -> impl Iterator<Item = (&'static str, bool)> {
-        self.patterns.iter().map(|pattern| match pattern.strip_suffix("/**") {
-            Some(directory) => (directory, true),
-            None => (&pattern[..pattern.rfind('/').unwrap_or(0)], false),
-        })
+        self.patterns.iter().any(|pattern| pattern.matches(node))
     }
 }
 
-/// Matches a path against a pattern that may end in `#` (one or more digits), `[a-b]` (one character of that range)
-/// or `/**` (everything below). A number is matched whole: `ttyUSB1` is never `ttyUSB10`.
-fn pattern_matches(pattern: &str, path: &str) -> bool {
-    if path.split('/').any(|part| matches!(part, "." | "..")) {
-        return false;
+/// `/dev/mem`, `/dev/kmem`, `/dev/port` and `/dev/kmsg` (Documentation/admin-guide/devices.txt): these are the host
+/// itself, and no rule grants them, whatever its patterns say.
+pub fn is_forbidden(number: Number) -> bool {
+    number.kind == Kind::Char && number.major == 1 && matches!(number.minor, 1 | 2 | 4 | 11)
+}
+
+/// A category of the program: name, patterns, kind, and whether it is enabled without being configured.
+type BuiltIn = (&'static str, &'static [&'static str], Kind, bool);
+
+/// The first seven are those of containers/qm's device manager, with the same meaning.
+const BUILT_IN: &[BuiltIn] = &[
+    ("audio", &["/dev/snd/**"], Kind::Char, true),
+    ("video", &["/dev/video#", "/dev/media#"], Kind::Char, true),
+    ("input", &["/dev/input/**"], Kind::Char, true),
+    ("ttys", &["/dev/tty[0-7]"], Kind::Char, true),
+    ("ttyUSB", &["/dev/ttyUSB#"], Kind::Char, true),
+    ("dvb", &["/dev/dvb/**"], Kind::Char, true),
+    ("radio", &["/dev/radio#"], Kind::Char, true),
+    ("ttyACM", &["/dev/ttyACM#"], Kind::Char, true),
+    (
+        "serial",
+        &[
+            "/dev/ttyUSB#",
+            "/dev/ttyACM#",
+            "/dev/ttyAMA#",
+            "/dev/ttymxc#",
+            "/dev/ttyTHS#",
+            "/dev/ttySC#",
+            "/dev/rfcomm#",
+        ],
+        Kind::Char,
+        true,
+    ),
+    ("camera", &["/dev/video#", "/dev/media#", "/dev/v4l-subdev#", "/dev/dma_heap/**"], Kind::Char, true),
+    ("printer", &["/dev/usb/lp#"], Kind::Char, true),
+    ("hidraw", &["/dev/hidraw#"], Kind::Char, true),
+    ("dri", &["/dev/dri/**"], Kind::Char, true),
+    ("kvm", &["/dev/kvm"], Kind::Char, true),
+    ("fuse", &["/dev/fuse"], Kind::Char, true),
+    ("tun", &["/dev/net/tun"], Kind::Char, true),
+    ("gpio", &["/dev/gpiochip#"], Kind::Char, true),
+    ("i2c", &["/dev/i2c-#"], Kind::Char, true),
+    ("spi", &["/dev/spidev#.#"], Kind::Char, true),
+    ("uinput", &["/dev/uinput"], Kind::Char, false),
+    ("usb", &["/dev/bus/usb/**"], Kind::Char, false),
+    (
+        "block",
+        &[
+            "/dev/sd*",
+            "/dev/nvme*",
+            "/dev/mmcblk*",
+            "/dev/vd*",
+            "/dev/xvd*",
+            "/dev/sr#",
+            "/dev/loop*",
+            "/dev/dm-#",
+            "/dev/md#",
+        ],
+        Kind::Block,
+        false,
+    ),
+];
+
+/// The categories of a host.
+#[derive(Debug, Clone)]
+pub struct Categories(Vec<Arc<Category>>);
+
+impl Default for Categories {
+    fn default() -> Categories {
+        Categories(BUILT_IN.iter().map(|row| Arc::new(built_in(*row))).collect())
     }
-    if let Some(directory) = pattern.strip_suffix("/**") {
-        return path.strip_prefix(directory).is_some_and(|rest| rest.len() > 1 && rest.starts_with('/'));
+}
+
+fn built_in((name, patterns, kind, enabled): BuiltIn) -> Category {
+    let patterns = patterns.iter().map(|text| Pattern::parse(text).expect("a pattern of the table is valid"));
+    Category { name: name.to_owned(), patterns: patterns.collect(), kind, enabled }
+}
+
+impl Categories {
+    /// The category of that name.
+    pub fn named(&self, name: &str) -> Option<&Arc<Category>> {
+        self.0.iter().find(|category| category.name == name)
     }
-    if let Some(stem) = pattern.strip_suffix('#') {
-        return path
-            .strip_prefix(stem)
-            .is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()));
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Category> {
+        self.0.iter().map(|category| &**category)
     }
-    if let Some((stem, range)) = pattern.strip_suffix(']').and_then(|p| p.rsplit_once('[')) {
-        let mut ends = range.bytes();
-        if let (Some(low), Some(b'-'), Some(high)) = (ends.next(), ends.next(), ends.next()) {
-            return path.strip_prefix(stem).is_some_and(|rest| match rest.as_bytes() {
-                [byte] => (low..=high).contains(byte),
-                _ => false,
-            });
+
+    /// Those that this host has not enabled.
+    pub fn withheld(&self) -> Vec<Arc<Category>> {
+        self.0.iter().filter(|category| !category.enabled).cloned().collect()
+    }
+
+    /// Adds what a configuration file says. Nothing is changed if it cannot be taken; the error says why, in words.
+    pub fn apply(&mut self, file: &ConfigFile) -> Result<(), String> {
+        let mut changed = self.0.clone();
+        for (name, added) in &file.category {
+            if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)) {
+                return Err(format!(
+                    "the category '{name}' has other characters in its name than letters, digits, - and _"
+                ));
+            }
+            if self.named(name).is_some() {
+                return Err(format!("there is a category '{name}' already: give it another name"));
+            }
+            let patterns = added.nodes.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>();
+            let patterns = patterns.map_err(|reason| format!("in category '{name}': {reason}"))?;
+            changed.push(Arc::new(Category { name: name.clone(), patterns, kind: Kind::Char, enabled: true }));
         }
+        for name in &file.enable {
+            let category = changed.iter_mut().find(|category| category.name == *name);
+            let category = category.ok_or_else(|| format!("there is no category '{name}' to enable"))?;
+            Arc::make_mut(category).enabled = true;
+        }
+        self.0 = changed;
+        Ok(())
     }
-    pattern == path
+}
+
+/// What `org.containers.qm.wayland-client.gpu` stands for.
+pub fn render_nodes() -> Category {
+    built_in(("wayland-client.gpu", &["/dev/dri/render*"], Kind::Char, true))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::plan::tests::device;
 
-    fn categories_of(node: &str) -> Vec<&'static str> {
-        CATEGORIES.iter().filter(|c| c.contains_node(node)).map(|c| c.name).collect()
+    fn categories_of(node: &str) -> Vec<String> {
+        Categories::default().iter().filter(|c| c.contains_node(node)).map(|c| c.name.clone()).collect()
     }
 
     #[test]
-    fn each_node_is_in_the_category_its_users_expect() {
+    fn each_node_is_in_the_categories_its_users_expect() {
         for (node, expected) in [
-            ("/dev/snd/pcmC0D0p", "audio"),
-            ("/dev/snd/deep/er", "audio"),
-            ("/dev/video0", "video"),
-            ("/dev/video12", "video"),
-            ("/dev/media0", "video"),
-            ("/dev/input/event3", "input"),
-            ("/dev/input/mice", "input"),
-            ("/dev/tty0", "ttys"),
-            ("/dev/tty7", "ttys"),
-            ("/dev/ttyUSB0", "ttyUSB"),
-            ("/dev/ttyUSB10", "ttyUSB"),
-            ("/dev/dvb/adapter0/frontend0", "dvb"),
-            ("/dev/radio0", "radio"),
+            ("/dev/snd/pcmC0D0p", &["audio"][..]),
+            ("/dev/snd/deep/er", &["audio"]),
+            ("/dev/video0", &["video", "camera"]),
+            ("/dev/video12", &["video", "camera"]),
+            ("/dev/media0", &["video", "camera"]),
+            ("/dev/v4l-subdev3", &["camera"]),
+            ("/dev/dma_heap/system", &["camera"]),
+            ("/dev/input/event3", &["input"]),
+            ("/dev/input/mice", &["input"]),
+            ("/dev/tty0", &["ttys"]),
+            ("/dev/tty7", &["ttys"]),
+            ("/dev/ttyUSB0", &["ttyUSB", "serial"]),
+            ("/dev/ttyUSB10", &["ttyUSB", "serial"]),
+            ("/dev/ttyACM0", &["ttyACM", "serial"]),
+            ("/dev/ttyAMA0", &["serial"]),
+            ("/dev/dvb/adapter0/frontend0", &["dvb"]),
+            ("/dev/radio0", &["radio"]),
+            ("/dev/usb/lp0", &["printer"]),
+            ("/dev/hidraw1", &["hidraw"]),
+            ("/dev/dri/renderD128", &["dri"]),
+            ("/dev/kvm", &["kvm"]),
+            ("/dev/fuse", &["fuse"]),
+            ("/dev/net/tun", &["tun"]),
+            ("/dev/uinput", &["uinput"]),
+            ("/dev/gpiochip0", &["gpio"]),
+            ("/dev/i2c-1", &["i2c"]),
+            ("/dev/spidev0.1", &["spi"]),
+            ("/dev/bus/usb/001/002", &["usb"]),
+            ("/dev/sda1", &["block"]),
         ] {
-            assert_eq!(categories_of(node), [expected], "{node}");
+            assert_eq!(categories_of(node), expected, "{node}");
         }
     }
 
@@ -115,22 +216,68 @@ mod tests {
             "/dev/videotape",
             "/dev/snd",
             "/dev/snd/",
-            "/dev/sndx/a",
             "/dev/v4l/video0",
             "dev/video0",
             "/dev/vcs1",
             "/dev/../video0",
             "/dev/snd/../mem",
             "/dev/input/./x",
+            "/dev/mem",
+            "/dev/kmsg",
+            "/dev/port",
             "",
         ] {
             assert_eq!(categories_of(node), [""; 0], "{node}");
         }
     }
 
+    fn configured(text: &str) -> Result<Categories, String> {
+        let mut categories = Categories::default();
+        categories.apply(&ConfigFile::parse(text)?).map(|()| categories)
+    }
+
     #[test]
-    fn places_cover_the_patterns() {
-        let places: Vec<_> = CATEGORIES.iter().flat_map(Category::places).collect();
-        assert!(places.contains(&("/dev/snd", true)) && places.contains(&("/dev", false)));
+    fn a_host_enables_and_adds() {
+        let usual = Categories::default();
+        for name in ["usb", "uinput", "block"] {
+            assert!(!usual.named(name).unwrap().enabled, "{name}");
+        }
+        let host = configured("enable = ['block', 'robot']\n[category.robot]\nnodes = ['/dev/robot#', '/dev/arm/**']")
+            .unwrap();
+        assert!(host.named("block").unwrap().enabled && !host.named("usb").unwrap().enabled);
+        assert!(host.named("robot").unwrap().contains(&device("/dev/arm/left", 240, 1)));
+        let names =
+            |categories: &Categories| categories.withheld().iter().map(|it| it.name.clone()).collect::<Vec<_>>();
+        assert_eq!(
+            (names(&usual), names(&host)),
+            (vec!["uinput".into(), "usb".into(), "block".into()], vec!["uinput".into(), "usb".into()])
+        );
+    }
+
+    #[test]
+    fn what_is_the_host_itself_is_in_no_category() {
+        let host = configured("[category.all]\nnodes = ['/dev/*']").unwrap();
+        let all = host.named("all").unwrap();
+        assert!(all.contains(&device("/dev/null", 1, 3)));
+        for (node, minor) in [("/dev/mem", 1), ("/dev/kmem", 2), ("/dev/port", 4), ("/dev/kmsg", 11), ("/dev/alias", 1)]
+        {
+            assert!(!all.contains(&device(node, 1, minor)), "{node}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_taken_is_said_and_changes_nothing() {
+        for (text, reason) in [
+            ("enable = ['tape']", "no category 'tape'"),
+            ("[category.video]\nnodes = []", "already"),
+            ("[category.'a b']\nnodes = []", "other characters"),
+            ("[category.x]\nnodes = ['/etc/x']", "in category 'x': '/etc/x' does not begin with /dev/"),
+            ("[category.x]\nnode = '/dev/x'", "unknown field `node`"),
+            ("disable = []", "unknown field `disable`"),
+            ("enable = 3", "invalid type"),
+        ] {
+            let error = configured(text).unwrap_err();
+            assert!(error.contains(reason) && !error.contains('\n'), "{text}: {error}");
+        }
     }
 }

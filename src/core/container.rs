@@ -55,6 +55,11 @@ impl Container {
     pub fn label(&self) -> &str {
         self.name.as_deref().unwrap_or_else(|| short_id(&self.id))
     }
+
+    /// Keys and values of its annotations.
+    pub fn annotations(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.annotations.iter().map(|(key, value)| (key.as_str(), value.as_str()))
+    }
 }
 
 /// The first twelve characters of a long hexadecimal id; other ids stay whole.

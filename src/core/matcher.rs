@@ -17,13 +17,13 @@ pub fn desired<'a>(
     devices
         .into_iter()
         .filter_map(|device| {
-            let rule = rules.iter().find(|rule| rule.category.contains(device))?;
+            let rule = rules.iter().find(|rule| rule.matches(device))?;
             Some(Grant {
                 holder: holder.clone(),
                 device: Granted::from(device),
                 access: Access::ALL,
                 node: Node { path: device.node.clone(), uid: device.uid, gid: device.gid, mode: device.mode },
-                origin: Origin::Rule(rule.category.name.to_owned()),
+                origin: Origin::Rule(rule.to_string()),
                 at_start: named.contains_key(&device.number),
             })
         })
@@ -34,11 +34,13 @@ pub fn desired<'a>(
 mod tests {
     use super::*;
     use crate::core::annotation::rules;
+    use crate::core::category::Categories;
     use crate::core::plan::tests::{device, holder};
 
     #[test]
     fn each_device_once_with_the_hosts_owner_and_mode() {
-        let (rules, _) = rules([("org.containers.qm.device.ttyUSB", "true"), ("org.containers.qm.device.input", "1")]);
+        let asked = [("org.containers.qm.device.ttyUSB", "true"), ("org.containers.qm.device.input", "1")];
+        let (rules, _) = rules(asked, &Categories::default());
         let devices = [device("/dev/ttyUSB0", 188, 0), device("/dev/ttyUSB10", 188, 10), device("/dev/video0", 81, 0)];
         let grants = desired(&holder(1), &[(devices[0].number, String::new())].into(), &rules, &devices);
         let paths: Vec<_> = grants.iter().map(|grant| grant.node.path.as_str()).collect();
@@ -50,7 +52,7 @@ mod tests {
 
     #[test]
     fn a_block_device_is_in_no_category() {
-        let (rules, _) = rules([("org.containers.qm.device.video", "true")]);
+        let (rules, _) = rules([("org.containers.qm.device.video", "true")], &Categories::default());
         let mut device = device("/dev/video0", 81, 0);
         device.number.kind = crate::core::device::Kind::Block;
         assert!(desired(&holder(1), &BTreeMap::new(), &rules, [&device]).is_empty());

@@ -3,14 +3,17 @@
 pub mod annotation;
 pub mod assembler;
 pub mod category;
+pub mod config;
 pub mod container;
 pub mod destination;
 pub mod device;
 pub mod filter_program;
 pub mod ledger;
 pub mod matcher;
+pub mod pattern;
 pub mod plan;
 pub mod protocol;
+pub mod seat;
 pub mod spec;
 pub mod text;
 pub mod uevent;

@@ -4,7 +4,7 @@
 use oci_spec::runtime::{LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType};
 use serde_json::{Map, Value, json};
 
-use crate::core::device::{Access, Kind, Number};
+use crate::core::device::{Access, Device, Kind, Number};
 
 /// A device as the specification has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +21,13 @@ pub struct SpecDevice {
     pub gid: u32,
 }
 
+impl From<&Device> for SpecDevice {
+    fn from(device: &Device) -> SpecDevice {
+        let Device { number, uid, gid, mode, .. } = *device;
+        SpecDevice { path: device.node.clone(), number, mode, uid, gid }
+    }
+}
+
 /// What [`add_devices`] changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Added {
@@ -32,44 +39,83 @@ pub struct Added {
     pub rules: usize,
 }
 
-/// The annotations. A value `true` that is no string counts as one, since people write it so; other values are no
-/// annotations.
-pub fn annotations(spec: &Value) -> Result<Vec<(String, String)>, String> {
+/// An annotation's value: a string, or in words what it is instead. A JSON `true` counts as the string, since people
+/// write it so.
+pub type Annotation = Result<String, &'static str>;
+
+/// The annotations, in their order.
+pub fn annotations(spec: &Value) -> Result<Vec<(String, Annotation)>, String> {
     let spec = spec.as_object().ok_or("the top level is not a JSON object")?;
     let Some(annotations) = spec.get("annotations").filter(|value| !value.is_null()) else { return Ok(Vec::new()) };
     let annotations = annotations.as_object().ok_or("'annotations' is not an object")?;
-    Ok(annotations
-        .iter()
-        .filter_map(|(key, value)| match value {
-            Value::String(text) => Some((key.clone(), text.clone())),
-            Value::Bool(true) => Some((key.clone(), "true".to_owned())),
-            _ => None,
-        })
-        .collect())
+    let text = |value: &Value| match value {
+        Value::String(text) => Ok(text.clone()),
+        Value::Bool(true) => Ok("true".to_owned()),
+        other => Err(kind_of(other)),
+    };
+    Ok(annotations.iter().map(|(key, value)| (key.clone(), text(value))).collect())
+}
+
+/// How many entries `linux.devices` has.
+pub fn device_count(spec: &Value) -> usize {
+    spec.pointer("/linux/devices").and_then(Value::as_array).map_or(0, Vec::len)
+}
+
+/// The container's id, which podman puts at the end of `linux.cgroupsPath`: `machine.slice:libpod:ID`, or
+/// `/libpod_parent/libpod-ID`.
+pub fn container_id(spec: &Value) -> Option<String> {
+    let path = spec.pointer("/linux/cgroupsPath")?.as_str()?;
+    let id = path.rsplit(['/', ':', '-']).next()?;
+    (id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| id.to_owned())
+}
+
+/// Directories that have one of the container's own in them, judged by what is mounted from there.
+pub fn storage_directories(spec: &Value, id: &str) -> Vec<String> {
+    let mounts = spec.get("mounts").and_then(Value::as_array).into_iter().flatten();
+    let sources = mounts.filter_map(|mount| mount.get("source")?.as_str());
+    let mut found: Vec<String> =
+        sources.filter_map(|source| Some(source.split_once(&format!("/{id}/userdata/"))?.0.to_owned())).collect();
+    found.sort();
+    found.dedup();
+    found
+}
+
+/// Whether all that [`add_devices`] changes is of the right type where it is there. The error says in words what is not.
+pub fn check(spec: &Value) -> Result<(), String> {
+    if !spec.is_object() {
+        return Err("the top level is not a JSON object".into());
+    }
+    for (name, wanted) in [
+        ("linux", "an object"),
+        ("linux.devices", "an array"),
+        ("linux.resources", "an object"),
+        ("linux.resources.devices", "an array"),
+    ] {
+        let value = spec.pointer(&format!("/{}", name.replace('.', "/"))).unwrap_or(&Value::Null);
+        if !value.is_null() && kind_of(value) != wanted {
+            return Err(format!("'{name}' is not {wanted} but {}", kind_of(value)));
+        }
+    }
+    Ok(())
 }
 
 /// Adds each device to `linux.devices` and a rule that allows `rwm` to `linux.resources.devices`, after those that are
 /// there. What is there already is not added again; everything else stays as it is. Errors are in words.
 pub fn add_devices(spec: &mut Value, devices: &[SpecDevice]) -> Result<Added, String> {
     let mut added = Added::default();
+    check(spec)?;
     if devices.is_empty() {
         return Ok(added);
     }
-    // Both lists are checked before anything is changed.
-    let root = spec.as_object_mut().ok_or("the top level is not a JSON object")?;
-    let linux = object(root, "linux", "linux")?;
-    if let Some(list) = linux.get("devices").filter(|list| !list.is_array() && !list.is_null()) {
-        return Err(format!("'linux.devices' is not an array but {}", kind_of(list)));
-    }
-    let resources = object(linux, "resources", "linux.resources")?;
-    let rules = array(resources, "devices", "linux.resources.devices")?;
+    let linux = object(spec.as_object_mut().expect("it was checked"), "linux");
+    let rules = array(object(linux, "resources"), "devices");
     for device in devices {
-        if !rules.iter().any(|rule| allows(rule, device.number)) {
+        if !are_allowing(rules, device.number) {
             rules.push(rule_for(device.number)?);
             added.rules += 1;
         }
     }
-    let nodes = array(linux, "devices", "linux.devices")?;
+    let nodes = array(linux, "devices");
     for device in devices {
         match nodes.iter_mut().find(|node| node.get("path").and_then(Value::as_str) == Some(&device.path)) {
             Some(node) if number_of(node) == Some(device.number) => {}
@@ -120,12 +166,16 @@ fn spec_type(kind: Kind) -> LinuxDeviceType {
     }
 }
 
-/// Whether a rule allows `rwm` on just this device.
-fn allows(rule: &Value, number: Number) -> bool {
-    let access = rule.get("access").and_then(Value::as_str).unwrap_or_default();
-    rule.get("allow") == Some(&Value::Bool(true))
-        && "rwm".chars().all(|right| access.contains(right))
-        && number_of(rule) == Some(number)
+/// Whether one of the rules allows `rwm` on just this device, and none after it forbids anything: the last one counts.
+fn are_allowing(rules: &[Value], number: Number) -> bool {
+    let allows = |rule: &Value| {
+        let access = rule.get("access").and_then(Value::as_str).unwrap_or_default();
+        rule.get("allow") == Some(&Value::Bool(true))
+            && "rwm".chars().all(|right| access.contains(right))
+            && number_of(rule) == Some(number)
+    };
+    let forbids = |rule: &Value| rule.get("allow") != Some(&Value::Bool(true));
+    rules.iter().rposition(allows).is_some_and(|at| !rules[at..].iter().any(forbids))
 }
 
 fn number_of(entry: &Value) -> Option<Number> {
@@ -138,22 +188,22 @@ fn number_of(entry: &Value) -> Option<Number> {
     Some(Number { kind, major: part("major")?, minor: part("minor")? })
 }
 
-fn object<'a>(parent: &'a mut Map<String, Value>, key: &str, name: &str) -> Result<&'a mut Map<String, Value>, String> {
+/// The object under the key, made where there is none. Its type was checked.
+fn object<'a>(parent: &'a mut Map<String, Value>, key: &str) -> &'a mut Map<String, Value> {
     let value = parent.entry(key).or_insert(Value::Null);
     if value.is_null() {
         *value = json!({});
     }
-    let kind = kind_of(value);
-    value.as_object_mut().ok_or_else(|| format!("'{name}' is not an object but {kind}"))
+    value.as_object_mut().expect("its type was checked")
 }
 
-fn array<'a>(parent: &'a mut Map<String, Value>, key: &str, name: &str) -> Result<&'a mut Vec<Value>, String> {
+/// The same for an array.
+fn array<'a>(parent: &'a mut Map<String, Value>, key: &str) -> &'a mut Vec<Value> {
     let value = parent.entry(key).or_insert(Value::Null);
     if value.is_null() {
         *value = json!([]);
     }
-    let kind = kind_of(value);
-    value.as_array_mut().ok_or_else(|| format!("'{name}' is not an array but {kind}"))
+    value.as_array_mut().expect("its type was checked")
 }
 
 fn kind_of(value: &Value) -> &'static str {
@@ -207,6 +257,39 @@ mod tests {
     }
 
     #[test]
+    fn a_rule_that_a_later_one_overrides_is_added_again() {
+        let allow = json!({"allow": true, "type": "c", "major": 188, "minor": 0, "access": "rwm"});
+        let deny = json!({"allow": false, "access": "rwm"});
+        for (rules, added) in [
+            (json!([allow]), 0),
+            (json!([deny, allow]), 0),
+            (json!([allow, deny]), 1),
+            (json!([{"allow": true, "type": "c", "major": 188, "minor": 0, "access": "rw"}]), 1),
+            (json!([{"allow": true, "access": "rwm"}]), 1),
+        ] {
+            let mut spec = json!({"linux": {"resources": {"devices": rules}}});
+            assert_eq!(add_devices(&mut spec, &[tty(0)]).unwrap().rules, added, "{rules}");
+            assert_eq!(spec["linux"]["resources"]["devices"].as_array().unwrap().last(), Some(&allow), "{rules}");
+        }
+    }
+
+    #[test]
+    fn the_container_is_known_by_its_cgroup_and_its_mounts() {
+        let id = "9414c2935ef041b87193246a883cd65a2ecca97ab6fb2e7d426b52ac96aba21b";
+        for path in [format!("machine.slice:libpod:{id}"), format!("/libpod_parent/libpod-{id}"), format!("/x/{id}")] {
+            assert_eq!(container_id(&json!({"linux": {"cgroupsPath": path}})).as_deref(), Some(id));
+        }
+        assert_eq!(container_id(&json!({"linux": {"cgroupsPath": "/machine.slice/web"}})), None);
+        let spec = json!({"mounts": [
+            {"source": format!("/var/lib/containers/storage/overlay-containers/{id}/userdata/shm")},
+            {"source": format!("/var/lib/containers/storage/overlay-containers/{id}/userdata/hosts")},
+            {"source": "/home/userdata/x"},
+            {"destination": "/proc"},
+        ]});
+        assert_eq!(storage_directories(&spec, id), ["/var/lib/containers/storage/overlay-containers"]);
+    }
+
+    #[test]
     fn wrong_types_are_named() {
         for (text, name) in [
             ("[]", "top level"),
@@ -249,9 +332,9 @@ mod tests {
                 }
                 // Take the two lists out on both sides: nothing else differs.
                 let strip = |mut value: Value| {
-                    let linux = object(value.as_object_mut().unwrap(), "linux", "").unwrap();
+                    let linux = object(value.as_object_mut().unwrap(), "linux");
                     linux.remove("devices");
-                    object(linux, "resources", "").unwrap().remove("devices");
+                    object(linux, "resources").remove("devices");
                     value
                 };
                 prop_assert_eq!(strip(spec), strip(before));

@@ -1,25 +1,27 @@
 //! The host's `/dev`, read directly: what the hook needs, without libudev.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use crate::core::category::Category;
-use crate::core::device::Kind;
+use crate::core::category::{Category, is_forbidden};
+use crate::core::pattern::Pattern;
 use crate::core::spec::SpecDevice;
 use crate::sys::node::number_of;
 
-/// The nodes of these categories that are there now, sorted by path and each once. What cannot be read is passed over.
-pub fn nodes(categories: &[&'static Category]) -> Vec<SpecDevice> {
+/// The nodes of the category that are there now, sorted by path. What cannot be read is passed over.
+pub fn nodes(category: &Category) -> Vec<SpecDevice> {
     let mut found = Vec::new();
-    for category in categories {
-        for (directory, deep) in category.places() {
-            visit(Path::new(directory), deep, &mut |path| {
-                if category.contains_node(path)
-                    && let Some(device) = read(path)
-                {
-                    found.push(device);
-                }
-            });
-        }
+    let places: BTreeSet<_> = category.patterns.iter().map(Pattern::place).collect();
+    for (directory, deep) in places {
+        visit(Path::new(directory), deep, &mut |path| {
+            if category.contains_node(path)
+                && let Some(device) = read(path)
+                && device.number.kind == category.kind
+                && !is_forbidden(device.number)
+            {
+                found.push(device);
+            }
+        });
     }
     found.sort_by(|a, b| a.path.cmp(&b.path));
     found.dedup_by(|a, b| a.path == b.path);
@@ -42,8 +44,9 @@ fn visit(directory: &Path, deep: bool, seen: &mut impl FnMut(&str)) {
     }
 }
 
-fn read(path: &str) -> Option<SpecDevice> {
+/// The device node at that path; `None` where there is none, or something else.
+pub fn read(path: &str) -> Option<SpecDevice> {
     let stat = rustix::fs::lstat(path).ok()?;
-    let number = number_of(&stat).filter(|number| number.kind == Kind::Char)?;
+    let number = number_of(&stat)?;
     Some(SpecDevice { path: path.to_owned(), number, mode: stat.st_mode & 0o777, uid: stat.st_uid, gid: stat.st_gid })
 }

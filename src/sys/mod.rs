@@ -1,7 +1,9 @@
 //! The kernel's edge: every system call and all the `unsafe` of this crate.
 
+pub mod block;
 pub mod bpf;
 pub mod cgroup;
+pub mod clock;
 pub mod devfs;
 pub mod device_filter;
 pub mod host;

@@ -1,0 +1,56 @@
+//! The host's configuration: `/etc/qm-hotplug/config.d/*.toml` over `/usr/lib/qm-hotplug/config.d/*.toml`.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use crate::core::category::Categories;
+use crate::core::config::ConfigFile;
+
+/// A file in the second one takes the place of one with the same name in the first.
+const DIRECTORIES: [&str; 2] = ["/usr/lib/qm-hotplug/config.d", "/etc/qm-hotplug/config.d"];
+
+/// The categories of this host. A file that cannot be taken is passed over with a warning: the others count, and a
+/// container still starts.
+pub fn categories() -> Categories {
+    let mut categories = Categories::default();
+    for path in files(&DIRECTORIES.map(Path::new)) {
+        let text = std::fs::read_to_string(&path).map_err(|error| error.to_string());
+        let taken = text.and_then(|text| ConfigFile::parse(&text)).and_then(|file| categories.apply(&file));
+        if let Err(reason) = taken {
+            tracing::warn!("{} is passed over: {reason}", path.display());
+        }
+    }
+    categories
+}
+
+/// The files to read, by name.
+fn files(directories: &[&Path]) -> Vec<PathBuf> {
+    let mut files: BTreeMap<OsString, PathBuf> = BTreeMap::new();
+    for entry in directories.iter().filter_map(|directory| std::fs::read_dir(directory).ok()).flatten().flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            files.insert(entry.file_name(), path);
+        }
+    }
+    files.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_the_administrator_take_the_place_of_those_of_packages() {
+        let (packages, administrator) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for (directory, name) in [(&packages, "10-a.toml"), (&packages, "20-b.toml"), (&packages, "notes.txt")] {
+            std::fs::write(directory.path().join(name), "").unwrap();
+        }
+        for name in ["10-a.toml", "15-c.toml"] {
+            std::fs::write(administrator.path().join(name), "").unwrap();
+        }
+        let found = files(&[packages.path(), Path::new("/nonexistent"), administrator.path()]);
+        let expected = [(&administrator, "10-a.toml"), (&administrator, "15-c.toml"), (&packages, "20-b.toml")];
+        assert_eq!(found, expected.map(|(directory, name)| directory.path().join(name)));
+    }
+}

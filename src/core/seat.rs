@@ -1,0 +1,121 @@
+//! Seats: which devices logind counts to one, by udev's properties (sd-login(3), systemd's 71-seat.rules and
+//! 73-seat-late.rules; a device inherits `ID_SEAT` from its parent).
+
+use std::sync::Arc;
+
+use crate::core::category::{Category, is_forbidden};
+use crate::core::device::{Device, Kind};
+use crate::core::pattern::Pattern;
+
+/// The seat of all devices that are assigned to none.
+const SEAT0: &str = "seat0";
+
+/// Nodes that belong to a seat though logind does not list them. Not `mice`: it mixes the mice of all seats.
+const UNLISTED: [&str; 3] = ["/dev/input/event#", "/dev/input/mouse#", "/dev/dri/render*"];
+
+/// Whether logind would take this for a seat's name (`seat_name_is_valid` in systemd's login-util.c).
+pub fn is_valid_name(name: &str) -> bool {
+    name.starts_with("seat")
+        && name.len() <= 255
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+}
+
+/// A seat that a container asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seat {
+    /// Its name.
+    pub name: String,
+    /// Categories that this host has not enabled: a seat does not bring them either.
+    pub withheld: Vec<Arc<Category>>,
+}
+
+impl Seat {
+    /// Whether the device is one of this seat's.
+    pub fn has(&self, device: &Device) -> bool {
+        is_assigned(&self.name, device)
+            && !is_forbidden(device.number)
+            && !self.withheld.iter().any(|category| category.contains(device))
+    }
+}
+
+/// Whether a node of that path is of a kind that seats have.
+pub fn may_have(node: &str) -> bool {
+    let directories = ["/dev/input/", "/dev/snd/", "/dev/dri/", "/dev/fb", "/dev/video", "/dev/media", "/dev/hidraw"];
+    directories.iter().any(|beginning| node.starts_with(beginning))
+}
+
+fn is_assigned(seat: &str, device: &Device) -> bool {
+    let property = |name: &str| device.properties.get(name).map(String::as_str).filter(|value| !value.is_empty());
+    // TAGS also holds tags that the device no longer has; CURRENT_TAGS came with systemd 247.
+    let tags = property("CURRENT_TAGS").or(property("TAGS")).unwrap_or_default();
+    let is_listed = tags.split(':').any(|tag| matches!(tag, "seat" | "uaccess"));
+    let is_unlisted = || UNLISTED.iter().any(|text| Pattern::parse(text).is_ok_and(|it| it.matches(&device.node)));
+    device.number.kind == Kind::Char && property("ID_SEAT").unwrap_or(SEAT0) == seat && (is_listed || is_unlisted())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::category::Categories;
+    use crate::core::plan::tests::device;
+
+    fn tagged(node: &str, properties: &[(&str, &str)]) -> Device {
+        let mut device = device(node, 116, 3);
+        device.properties = properties.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        device
+    }
+
+    #[test]
+    fn names() {
+        for good in ["seat0", "seat-kiosk_2", "seat"] {
+            assert!(is_valid_name(good), "{good}");
+        }
+        for bad in [
+            "",
+            "true",
+            "--host=evil",
+            "../x",
+            "seat/0",
+            "seat0\n",
+            "seat 0",
+            "Seat0",
+            &format!("seat{}", "0".repeat(252)),
+        ] {
+            assert!(!is_valid_name(bad), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_device_is_in_one_seat() {
+        let sound = [("ID_SEAT", "seat1"), ("CURRENT_TAGS", ":uaccess:seat1:")];
+        for (device, seats) in [
+            (tagged("/dev/snd/pcmC1D0p", &sound), &["seat1"][..]),
+            (tagged("/dev/snd/pcmC0D0p", &[("TAGS", ":uaccess:")]), &["seat0"]),
+            (tagged("/dev/dri/card0", &[("TAGS", ":master-of-seat:seat:uaccess:")]), &["seat0"]),
+            (tagged("/dev/input/event3", &[("ID_SEAT", "seat1")]), &["seat1"]),
+            (tagged("/dev/input/mouse0", &[("ID_SEAT", "")]), &["seat0"]),
+            (tagged("/dev/dri/renderD128", &[("ID_SEAT", "seat1")]), &["seat1"]),
+            (tagged("/dev/input/mice", &[]), &[]),
+            (tagged("/dev/ttyUSB0", &[("TAGS", ":systemd:")]), &[]),
+            (tagged("/dev/video0", &[("TAGS", ":uaccess:"), ("CURRENT_TAGS", ":systemd:")]), &[]),
+            (tagged("/dev/null", &[("TAGS", ":seats:useat:")]), &[]),
+        ] {
+            let all: Vec<_> = ["seat0", "seat1"].into_iter().filter(|seat| is_assigned(seat, &device)).collect();
+            assert_eq!(all, seats, "{}", device.node);
+        }
+        let mut disc = tagged("/dev/sr0", &[("TAGS", ":uaccess:")]);
+        disc.number.kind = Kind::Block;
+        assert!(!is_assigned("seat0", &disc), "not what a seat's user mounts");
+    }
+
+    #[test]
+    fn a_seat_brings_nothing_that_the_host_withholds() {
+        let reader = tagged("/dev/bus/usb/001/004", &[("TAGS", ":uaccess:")]);
+        let seat = |withheld| Seat { name: "seat0".into(), withheld };
+        assert!(seat(vec![]).has(&reader));
+        assert!(!seat(Categories::default().withheld()).has(&reader));
+        let mut memory = tagged("/dev/mem", &[("TAGS", ":uaccess:")]);
+        (memory.number.major, memory.number.minor) = (1, 1);
+        assert!(!seat(vec![]).has(&memory));
+    }
+}

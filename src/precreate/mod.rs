@@ -1,0 +1,218 @@
+//! The OCI precreate hook: `config.json` on stdin, edited, on stdout. It takes the place of containers/qm's
+//! `oci-qm-device-manager` and `oci-qm-wayland-client-devices`, and of each under its name.
+
+pub mod discovery;
+pub mod log;
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::config;
+use crate::core::annotation::{Ignored, PREFIX, Rule, rule};
+use crate::core::category::Categories;
+use crate::core::container::short_id;
+use crate::core::spec::{self, add_devices};
+use crate::error::{Error, Result};
+use crate::precreate::discovery::{Discovery, container_name};
+use crate::precreate::log::Log;
+
+/// One of containers/qm's hooks: what it looks at, and what it calls itself.
+#[derive(Debug)]
+pub struct Hook {
+    /// The name of its program.
+    pub program: &'static str,
+    /// The name in its log lines.
+    name: &'static str,
+    title: &'static str,
+    log: &'static str,
+    /// Whether the annotations of Wayland clients are its own, or all others.
+    of_wayland_clients: bool,
+}
+
+/// Devices by category, and seats.
+pub static DEVICE_MANAGER: Hook = Hook {
+    program: "oci-qm-device-manager",
+    name: "qm-device-manager",
+    title: "QM Device Manager",
+    log: "/var/log/qm-device-manager.log",
+    of_wayland_clients: false,
+};
+
+/// GPUs of Wayland clients.
+pub static WAYLAND_CLIENT: Hook = Hook {
+    program: "oci-qm-wayland-client-devices",
+    name: "qm-wayland-client-devices",
+    title: "QM Wayland Client Devices",
+    log: "/var/log/qm-wayland-client-devices.log",
+    of_wayland_clients: true,
+};
+
+impl Hook {
+    fn takes(&self, key: &str) -> bool {
+        key.strip_prefix(PREFIX).is_some_and(|rest| rest.starts_with("wayland-client.") == self.of_wayland_clients)
+    }
+
+    /// The hook that a program of that path is called as, by its file name.
+    pub fn called_as(program: &str) -> Option<&'static Hook> {
+        let name = Path::new(program).file_name()?.to_str()?;
+        [&DEVICE_MANAGER, &WAYLAND_CLIENT].into_iter().find(|hook| hook.program == name)
+    }
+}
+
+/// What the hook finds around it.
+pub struct Surroundings<'a> {
+    /// Finds devices.
+    pub discovery: &'a dyn Discovery,
+    /// The log file, where it is another one than the hook's own.
+    pub log: Option<PathBuf>,
+}
+
+/// Runs the hook: one of them, or with `None` both, as far as the container has annotations for them. With nothing of
+/// ours asked for, stdout is byte for byte stdin. Devices that are not there are no error; a document that is no OCI
+/// specification is, and then nothing is written.
+pub fn run(
+    hook: Option<&'static Hook>,
+    around: &Surroundings<'_>,
+    input: &mut impl Read,
+    output: &mut impl Write,
+) -> Result<()> {
+    let mut text = Vec::new();
+    input.read_to_end(&mut text).map_err(Error::host("read config.json from stdin"))?;
+    let mut logs = Vec::new();
+    let edited = edit(hook, around, &text, &mut logs).inspect_err(|error| {
+        let hook = hook.unwrap_or(&DEVICE_MANAGER);
+        logs.push(new_log(hook, around));
+        logs.last_mut().expect("it was just put there").error(&error.chain());
+    });
+    logs.iter().for_each(Log::write);
+    output
+        .write_all(edited?.as_deref().unwrap_or(&text))
+        .and_then(|()| output.flush())
+        .map_err(Error::host("write config.json to stdout"))
+}
+
+fn new_log(hook: &Hook, around: &Surroundings<'_>) -> Log {
+    Log::new(hook.name, around.log.as_deref().unwrap_or(Path::new(hook.log)))
+}
+
+/// The edited document, or `None` where nothing changes.
+fn edit(
+    hook: Option<&'static Hook>,
+    around: &Surroundings<'_>,
+    text: &[u8],
+    logs: &mut Vec<Log>,
+) -> Result<Option<Vec<u8>>> {
+    let bad = |reason: String| Error::BadFile { path: "config.json on stdin".into(), reason };
+    if text.iter().all(u8::is_ascii_whitespace) {
+        return Err(bad("it is empty: an OCI specification is expected".into()));
+    }
+    let mut spec: Value = serde_json::from_slice(text).map_err(|error| bad(format!("not valid JSON: {error}")))?;
+    let annotations = spec::annotations(&spec).map_err(bad)?;
+    let of = |hook: &Hook| annotations.iter().filter(|(key, _)| hook.takes(key)).collect::<Vec<_>>();
+    let hooks = match hook {
+        Some(hook) => vec![hook],
+        None if of(&WAYLAND_CLIENT).is_empty() => vec![&DEVICE_MANAGER],
+        None if of(&DEVICE_MANAGER).is_empty() => vec![&WAYLAND_CLIENT],
+        None => vec![&DEVICE_MANAGER, &WAYLAND_CLIENT],
+    };
+    let mut changed = false;
+    for hook in hooks {
+        let asked = of(hook);
+        logs.push(new_log(hook, around));
+        let log = logs.last_mut().expect("it was just put there");
+        if asked.is_empty() {
+            log.info("No QM device annotations found");
+        } else {
+            changed |= grant(&mut spec, &asked, around.discovery, log).map_err(bad)?;
+            log.info(&format!("Total devices in spec: {}", spec::device_count(&spec)));
+        }
+        log.info(&format!("{} hook completed successfully", hook.title));
+    }
+    Ok(changed.then(|| serde_json::to_vec(&spec).expect("a JSON value is printable")))
+}
+
+/// Adds what the annotations ask for. Returns whether that changed anything.
+fn grant(
+    spec: &mut Value,
+    asked: &[&(String, spec::Annotation)],
+    discovery: &dyn Discovery,
+    log: &mut Log,
+) -> std::result::Result<bool, String> {
+    // Also where no device is there: what is no specification is no better for that.
+    spec::check(spec)?;
+    let container = label(spec);
+    log.info(&format!("Processing QM device annotations of container {container}"));
+    let categories = config::categories();
+    let mut changed = false;
+    for (key, value) in asked {
+        let rule = match value_of(key, value, &categories) {
+            Ok(rule) => rule,
+            Err(Ignored { key, reason }) => {
+                tracing::warn!(container, "annotation {key} ignored: {reason}");
+                log.warning(&format!("Skipping annotation {key}: {reason}"));
+                continue;
+            }
+        };
+        let what = match &rule {
+            Rule::Category(category) => format!("{} devices", category.name),
+            Rule::Seat(seat) => format!("Wayland seat devices for {}", seat.name),
+        };
+        let found = match discovery.devices(&rule) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!(container, "cannot look for {what}: {error}");
+                log.warning(&format!("Cannot look for {what}: {error}"));
+                continue;
+            }
+        };
+        for (path, reason) in &found.withheld {
+            tracing::warn!(container, device = path, "{path} not granted: {reason}");
+            log.warning(&format!("Not adding device: {path}: {reason}"));
+        }
+        let added = add_devices(spec, &found.devices)?;
+        for device in &found.devices {
+            let number = device.number;
+            log.info(&format!(
+                "Adding device: {} (type={}, major={}, minor={})",
+                device.path,
+                number.kind.letter(),
+                number.major,
+                number.minor
+            ));
+        }
+        for path in &added.corrected {
+            tracing::warn!(container, device = path, "{path} had stale numbers, which are corrected");
+            log.warning(&format!("Correcting stale numbers of device: {path}"));
+        }
+        let count = found.devices.len();
+        if let (0, Rule::Seat(seat)) = (count, &rule) {
+            tracing::warn!(container, "no devices found for seat {}, or it does not exist", seat.name);
+            log.warning(&format!("No devices found for seat {} or seat does not exist", seat.name));
+        }
+        tracing::info!(container, category = %rule, count, "added {count} {what} to {container}");
+        log.info(&format!("Added {count} {what} to container {container}"));
+        changed |= added != Default::default();
+    }
+    Ok(changed)
+}
+
+fn value_of(key: &str, value: &spec::Annotation, categories: &Categories) -> std::result::Result<Rule, Ignored> {
+    let no_text =
+        |kind: &str| Err(Ignored { key: key.to_owned(), reason: format!("its value is {kind}, not a string") });
+    match value {
+        Ok(text) => rule(key, text, categories).unwrap_or_else(|| no_text("of somebody else")),
+        Err(kind) => no_text(kind),
+    }
+}
+
+/// What a person calls the container, as far as its specification tells.
+fn label(spec: &Value) -> String {
+    let Some(id) = spec::container_id(spec) else { return "(unknown)".into() };
+    let name = container_name(&id, &spec::storage_directories(spec, &id));
+    name.map_or_else(|| short_id(&id).to_owned(), |name| format!("{name} ({})", short_id(&id)))
+}
+
+#[cfg(test)]
+mod tests;
