@@ -5,6 +5,7 @@
 mod support;
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -15,6 +16,7 @@ use libtest_mimic::{Arguments, Trial};
 use qm_hotplug::cli::Cli;
 use qm_hotplug::core::annotation::DEVICE_PREFIX;
 use qm_hotplug::core::category::Categories;
+use qm_hotplug::core::config::ConfigFile;
 use qm_hotplug::sys::host::NEEDED;
 use support::podman::Container;
 use support::{Agent, BINARY, Said, assert_nothing_left, run, wait_for};
@@ -31,7 +33,7 @@ enum At {
     Lab(&'static str),
 }
 
-const COMMANDS: [(&str, At); 12] = [
+const COMMANDS: [(&str, At); 14] = [
     ("sudo scripts/demo.sh", At::Here),
     ("sudo scripts/test.sh", At::TestScript),
     ("sudo scripts/install.sh", At::Here),
@@ -44,6 +46,8 @@ const COMMANDS: [(&str, At); 12] = [
     ("sudo qm-hotplug list app", At::Here),
     ("sudo qm-hotplug detach app /dev/zigbee", At::Here),
     ("sudo qm-hotplug status", At::Here),
+    ("sudo ln -sf /usr/bin/qm-hotplug /usr/libexec/oci/hooks.d/oci-qm-device-manager", At::Here),
+    ("sudo ln -sf /usr/bin/qm-hotplug /usr/libexec/oci/hooks.d/oci-qm-wayland-client-devices", At::Here),
 ];
 
 /// Devices that every machine has, in place of those in the README.
@@ -69,6 +73,8 @@ fn main() {
             trial("interrupted_demo_leaves_nothing", interrupted_demo_leaves_nothing),
             trial("installed_files_carry_their_prefix", installed_files_carry_their_prefix),
             trial("installed_hook_opens_devices_at_start", installed_hook_opens_devices_at_start),
+            trial("links_act_as_the_hooks_of_containers_qm", links_act_as_the_hooks_of_containers_qm),
+            trial("the_configuration_is_valid", the_configuration_is_valid),
             trial("uninstall_takes_everything_out", uninstall_takes_everything_out),
             trial("scripts_say_what_they_need", scripts_say_what_they_need),
         ],
@@ -79,19 +85,24 @@ fn main() {
 
 /// The lines of the README's shell blocks.
 fn commands() -> Vec<&'static str> {
-    let mut is_shell = false;
+    lines_of("```sh")
+}
+
+/// The lines of the blocks that begin so.
+fn lines_of(beginning: &str) -> Vec<&'static str> {
+    let mut is_inside = false;
     README
         .lines()
         .filter(|line| match *line {
-            "```sh" => {
-                is_shell = true;
+            line if line == beginning => {
+                is_inside = true;
                 false
             }
             "```" => {
-                is_shell = false;
+                is_inside = false;
                 false
             }
-            _ => is_shell,
+            _ => is_inside,
         })
         .collect()
 }
@@ -177,6 +188,37 @@ fn demo() -> Command {
     let mut command = Command::new("bash");
     command.args(["scripts/demo.sh", "--binary", BINARY]).env("QM_HOTPLUG_TESTS_LOCKED", "yes").stdin(Stdio::null());
     command
+}
+
+fn links_act_as_the_hooks_of_containers_qm() {
+    let directory = tempfile::tempdir().unwrap();
+    let hooks = directory.path().to_str().unwrap();
+    for line in commands().into_iter().filter_map(|line| line.strip_prefix("sudo ln ")) {
+        let line = line.replace("/usr/bin/qm-hotplug", BINARY).replace("/usr/libexec/oci/hooks.d", hooks);
+        run("ln", &line.split(' ').collect::<Vec<_>>()).ok();
+    }
+    let spec = r#"{"annotations":{"org.containers.qm.device.ttys":"true"},"linux":{}}"#;
+    for (program, log, is_asked) in [
+        ("oci-qm-device-manager", "qm-device-manager", true),
+        ("oci-qm-wayland-client-devices", "qm-wayland-client-devices", false),
+    ] {
+        let mut hook = Command::new(format!("{hooks}/{program}"));
+        let mut hook = hook.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        hook.stdin.take().unwrap().write_all(spec.as_bytes()).unwrap();
+        let said: Said = hook.wait_with_output().unwrap().into();
+        let spec: serde_json::Value = serde_json::from_str(&said.ok()).unwrap();
+        assert_eq!(spec["linux"]["devices"].as_array().is_some_and(|all| all.len() == 8), is_asked, "{program}");
+        let log = std::fs::read_to_string(format!("/var/log/{log}.log")).unwrap();
+        assert_eq!(log.contains("Added 8 ttys devices"), is_asked, "{log}");
+        assert!(log.contains("hook completed successfully"), "{log}");
+    }
+}
+
+fn the_configuration_is_valid() {
+    let text = lines_of("```toml").join("\n");
+    let mut categories = Categories::default();
+    categories.apply(&ConfigFile::parse(&text).unwrap()).unwrap();
+    assert!(categories.named("usb").unwrap().enabled && categories.named("robot").is_some());
 }
 
 fn demo_shows_the_main_job_and_leaves_nothing() {

@@ -35,7 +35,7 @@ pub fn run() -> Result<()> {
     let mut executor = wait_for_lock()?;
     raise_file_limit();
     // Whether this kernel can carry the filter is found out now, not at the first plug.
-    executor.filter()?;
+    executor.filter()?.prove_withdrawal()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(Error::host("start the event loop"))?;
     LocalSet::new().block_on(&runtime, serve(executor))
@@ -117,14 +117,15 @@ async fn serve(mut executor: Executor) -> Result<()> {
     }
     notify(&[NotifyState::Stopping]);
     let _ = std::fs::remove_file(&path);
-    tracing::info!("stopping; {} grants stay in force", executor.ledger.entries().len());
+    let (granted, withdrawn) = (executor.ledger.entries().len(), executor.ledger.withdrawn().len());
+    tracing::info!("stopping; {granted} grants and {withdrawn} withdrawals stay in force");
     Ok(())
 }
 
 fn hear(executor: &mut Executor, registry: &mut Registry, News { at, what }: News) {
     match what {
         What::Plugged(device) => reconcile::plugged(executor, registry, *device, at),
-        What::Unplugged(event) => reconcile::unplugged(executor, registry, &event.devpath, at),
+        What::Unplugged(event) => reconcile::unplugged(executor, registry, &event, at),
         What::State(directory, id) => reconcile::container(executor, registry, directory, &id, at),
         What::Cgroup(id) => reconcile::mark_again(executor, &id),
         What::Exited(token) => {

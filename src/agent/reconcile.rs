@@ -1,12 +1,15 @@
 //! Desired minus observed, for everything or for what one event concerns.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use crate::agent::registry::{Known, Registry};
-use crate::core::device::{Access, Device, Identity, Kind, Number};
-use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin, Placement};
+use crate::core::device::{Device, Kind, Number};
+use crate::core::ledger::{Entry, Grant, Granted, Origin, Placement, Withdrawal};
 use crate::core::matcher;
 use crate::core::plan::{Change, changes};
+use crate::core::uevent::Uevent;
+use crate::core::withdrawal::{self, Presence};
 use crate::ops::Executor;
 use crate::runtime;
 use crate::sys::process::is_gone;
@@ -23,12 +26,11 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     }
     let mut desired: Vec<Grant> =
         registry.containers.values().flat_map(|known| wanted(executor, known, registry.devices.values())).collect();
-    let mut observed = executor.ledger.entries().to_vec();
-    observed.extend(registry.containers.values().flat_map(|known| lost_since_start(executor, known)));
+    let observed = executor.ledger.entries().to_vec();
     let stays = |entry: &&Entry| manual_and_valid(entry) || is_undecided(entry, registry);
     desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
     carry_out(executor, registry, &desired, &observed, is_unplugged, None);
-    restore_ended(executor, |holder| is_gone(holder.pid, holder.start_time));
+    settle_withdrawals(executor, registry, |_, _| true, None);
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
         registry.follow(&executor.cgroups, &entry.grant.holder);
@@ -58,12 +60,16 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     };
     desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
     carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
+    let number = device.number;
     registry.devices.insert(devpath, device);
+    settle_withdrawals(executor, registry, |_, its| its == number, None);
 }
 
 /// A device is gone: from all containers.
-pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, devpath: &str, since: Instant) {
-    let observed = entries(executor, |entry| entry.grant.device.identity.devpath == devpath);
+pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event: &Uevent, since: Instant) {
+    let devpath = &event.devpath;
+    settle_withdrawals(executor, registry, |_, its| its == event.number, Some(event.number));
+    let observed = entries(executor, |entry| entry.grant.device.identity.devpath == *devpath);
     carry_out(executor, registry, &[], &observed, |_| true, Some(since));
     registry.devices.remove(devpath);
 }
@@ -72,15 +78,15 @@ pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, devpat
 pub(super) fn container(executor: &mut Executor, registry: &mut Registry, directory: usize, id: &str, since: Instant) {
     let Some(container) = runtime::load(&runtime::STATE_DIRECTORIES[directory], id) else { return };
     let is_new = registry.learn(&executor.cgroups, container);
-    let mut observed = entries(executor, |entry| entry.grant.holder.id == id);
+    let observed = entries(executor, |entry| entry.grant.holder.id == id);
     if !is_new && !observed.is_empty() {
         return mark_again(executor, id);
     }
     let Some(known) = registry.containers.get(id) else { return };
     let mut desired: Vec<Grant> = wanted(executor, known, registry.devices.values());
-    observed.extend(lost_since_start(executor, known));
     desired.extend(observed.iter().filter(|entry| manual_and_valid(entry)).map(|entry| entry.grant.clone()));
     carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
+    settle_withdrawals(executor, registry, |known, _| known.container.id == id, None);
 }
 
 /// A runtime's update may have detached the mark of a container with grants: it is put back.
@@ -97,44 +103,47 @@ pub(super) fn ended(executor: &mut Executor, registry: &mut Registry, id: &str) 
     let observed = entries(executor, |entry| entry.grant.holder.id == id && has_ended(entry));
     observed.iter().for_each(|entry| registry.unfollow(&entry.grant.holder));
     carry_out(executor, registry, &[], &observed, is_unplugged, None);
-    restore_ended(executor, |holder| holder.id == id && is_gone(holder.pid, holder.start_time));
+    executor.restore_ended();
 }
 
-/// The rights of a container that ended need no withdrawal.
-fn restore_ended(executor: &mut Executor, test: impl Fn(&Holder) -> bool) {
-    if let Err(error) = executor.restore_all(test) {
-        tracing::error!("{}", error.chain());
-    }
-}
-
-/// Devices that a rule of the container stands for, that its specification names, and that were unplugged before the
-/// container was known here: as entries, so that they are taken back as any other.
-fn lost_since_start(executor: &Executor, known: &Known) -> Vec<Entry> {
-    let Some(holder) = &known.holder else { return Vec::new() };
-    let is_known = |number: &Number| {
-        let grants = executor.ledger.entries().iter().map(|entry| (&entry.grant.holder, entry.grant.device.number));
-        let withdrawals = executor.ledger.withdrawn().iter().map(|withdrawal| (&withdrawal.holder, withdrawal.number));
-        grants.chain(withdrawals).any(|(its, of)| (its.cgroup_id, of) == (holder.cgroup_id, *number))
-    };
-    let mut lost = Vec::new();
-    for (number, path) in &known.container.devices {
-        if let Some(rule) = known.rules.iter().find(|rule| rule.may_stand_for(*number, path))
-            && !udev::has_number(*number, path)
-            && !is_known(number)
-        {
-            let identity = Identity { devpath: String::new(), inode: 0, diskseq: None };
-            let grant = Grant {
-                holder: holder.clone(),
-                device: Granted { number: *number, identity, node: path.clone() },
-                access: Access::ALL,
-                node: Node { path: path.clone(), uid: 0, gid: 0, mode: 0 },
-                origin: Origin::Rule(rule.to_string()),
-                at_start: true,
+/// Withdraws what runtimes granted at a container's start where that is due, and lets it hold again where not: for the
+/// containers and numbers that pass the test. `gone` is a number whose device was just unplugged.
+fn settle_withdrawals(
+    executor: &mut Executor,
+    registry: &Registry,
+    test: impl Fn(&Known, Number) -> bool,
+    gone: Option<Number>,
+) {
+    executor.restore_ended();
+    for known in registry.containers.values() {
+        let (Some(holder), container) = (&known.holder, &known.container) else { continue };
+        let numbers: BTreeSet<Number> = container.devices.iter().map(|(number, _)| *number).collect();
+        for number in numbers.into_iter().filter(|number| test(known, *number)) {
+            let paths = container.devices.iter().filter(|(its, _)| *its == number).map(|(_, path)| path.as_str());
+            let paths: Vec<&str> = paths.collect();
+            let presence = || match registry.devices.values().find(|device| device.number == number) {
+                _ if gone == Some(number) => Presence::Gone,
+                Some(device) => Presence::Here(device),
+                None if paths.iter().any(|path| udev::has_number(number, path)) => Presence::Unclear,
+                None => Presence::Gone,
             };
-            lost.push(Entry { grant, placement: Placement::Container, left_over: None });
+            let due = withdrawal::is_due(&known.rules, number, &paths, presence);
+            let result = match (due, executor.is_withdrawn(holder, number)) {
+                (Some(true), false) => executor.withdraw(holder, number).map(|()| {
+                    let is_listed =
+                        |entry: &Entry| entry.grant.holder.is_same_run(holder) && entry.grant.device.number == number;
+                    if !executor.ledger.entries().iter().any(is_listed) {
+                        paths.iter().for_each(|path| executor.remove_stale_node(holder, number, path));
+                    }
+                }),
+                (Some(false), true) => executor.restore(&Withdrawal { holder: holder.clone(), number }),
+                _ => Ok(()),
+            };
+            if let Err(error) = result {
+                tracing::error!(container = holder.label(), device = %number, "{}", error.chain());
+            }
         }
     }
-    lost
 }
 
 /// Another device that is plugged in and has the grant's path in its container already.

@@ -53,6 +53,7 @@ fn lines(status: &StatusInfo) -> Vec<String> {
         format!("events:     {}", status.events),
         format!("filter:     {filter}"),
         format!("entries:    {}", status.entries),
+        format!("withdrawn:  {}", status.withdrawn),
         format!("containers: {}", status.containers),
         format!("grants:     {}", status.grants),
     ]

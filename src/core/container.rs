@@ -46,14 +46,19 @@ pub struct Container {
     pub cgroup: Option<String>,
     /// Annotations of its OCI specification.
     pub annotations: BTreeMap<String, String>,
-    /// Devices that its OCI specification names, with the path of the node inside: its runtime grants them.
-    pub devices: BTreeMap<Number, String>,
+    /// Devices that its OCI specification names, each with the path of its node inside: its runtime grants them.
+    pub devices: Vec<(Number, String)>,
 }
 
 impl Container {
     /// What a person would call it: the name, else the first twelve digits of the id.
     pub fn label(&self) -> &str {
         self.name.as_deref().unwrap_or_else(|| short_id(&self.id))
+    }
+
+    /// Whether its specification names the device.
+    pub fn names(&self, number: Number) -> bool {
+        self.devices.iter().any(|(its, _)| *its == number)
     }
 
     /// Keys and values of its annotations.
@@ -139,7 +144,7 @@ mod tests {
             start_time: 1,
             cgroup: None,
             annotations: BTreeMap::new(),
-            devices: BTreeMap::new(),
+            devices: Vec::new(),
         }
     }
 

@@ -1,7 +1,5 @@
 //! What a container should have: its rules against the devices of the host.
 
-use std::collections::BTreeMap;
-
 use crate::core::annotation::Rule;
 use crate::core::device::{Access, Device, Number};
 use crate::core::ledger::{Grant, Granted, Holder, Node, Origin};
@@ -10,7 +8,7 @@ use crate::core::ledger::{Grant, Granted, Holder, Node, Origin};
 /// that the container's specification names.
 pub fn desired<'a>(
     holder: &Holder,
-    named: &BTreeMap<Number, String>,
+    named: &[(Number, String)],
     rules: &[Rule],
     devices: impl IntoIterator<Item = &'a Device>,
 ) -> Vec<Grant> {
@@ -24,7 +22,7 @@ pub fn desired<'a>(
                 access: Access::ALL,
                 node: Node { path: device.node.clone(), uid: device.uid, gid: device.gid, mode: device.mode },
                 origin: Origin::Rule(rule.to_string()),
-                at_start: named.contains_key(&device.number),
+                at_start: named.iter().any(|(number, _)| *number == device.number),
             })
         })
         .collect()
@@ -42,7 +40,7 @@ mod tests {
         let asked = [("org.containers.qm.device.ttyUSB", "true"), ("org.containers.qm.device.input", "1")];
         let (rules, _) = rules(asked, &Categories::default());
         let devices = [device("/dev/ttyUSB0", 188, 0), device("/dev/ttyUSB10", 188, 10), device("/dev/video0", 81, 0)];
-        let grants = desired(&holder(1), &[(devices[0].number, String::new())].into(), &rules, &devices);
+        let grants = desired(&holder(1), &[(devices[0].number, String::new())], &rules, &devices);
         let paths: Vec<_> = grants.iter().map(|grant| grant.node.path.as_str()).collect();
         assert_eq!(paths, ["/dev/ttyUSB0", "/dev/ttyUSB10"]);
         assert_eq!((grants[0].node.gid, grants[0].node.mode), (20, 0o660));
@@ -55,6 +53,6 @@ mod tests {
         let (rules, _) = rules([("org.containers.qm.device.video", "true")], &Categories::default());
         let mut device = device("/dev/video0", 81, 0);
         device.number.kind = crate::core::device::Kind::Block;
-        assert!(desired(&holder(1), &BTreeMap::new(), &rules, [&device]).is_empty());
+        assert!(desired(&holder(1), &[], &rules, [&device]).is_empty());
     }
 }

@@ -17,6 +17,7 @@ pub mod seat;
 pub mod spec;
 pub mod text;
 pub mod uevent;
+pub mod withdrawal;
 
 #[cfg(test)]
 mod tests {

@@ -4,7 +4,7 @@
 //! it is when its turn comes, because a change before it may have failed.
 
 use crate::core::device::{Access, Number};
-use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement, Withdrawal};
+use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement};
 
 /// One grant to make, or one to take back.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub enum Change {
     Remove {
         /// The grant, with what was made for it.
         entry: Entry,
-        /// Whether its device is unplugged: then what the container had of it from its start goes too.
+        /// Whether its device is unplugged: then a node that the container had from its start is stale, and goes too.
         unplugged: bool,
     },
 }
@@ -42,10 +42,6 @@ pub enum Step {
         /// After it.
         after: Access,
     },
-    /// Withdraw what the runtime's own filter grants.
-    Withdraw(Withdrawal),
-    /// Let it hold again.
-    Restore(Withdrawal),
     /// Make the node.
     MakeNode(Grant),
     /// Remove the node, and the directories made for it.
@@ -68,8 +64,6 @@ impl Step {
             Step::Allow { holder, number, before, after } => {
                 Step::Allow { holder, number, before: after, after: before }
             }
-            Step::Withdraw(withdrawal) => Step::Restore(withdrawal),
-            Step::Restore(withdrawal) => Step::Withdraw(withdrawal),
             Step::MakeNode(grant) => Step::RemoveNode { grant, directories: Vec::new() },
             Step::RemoveNode { grant, .. } => Step::MakeNode(grant),
         }
@@ -104,7 +98,7 @@ pub fn changes(desired: &[Grant], observed: &[Entry], unplugged: impl Fn(&Entry)
 
 impl Change {
     /// The steps of this change, given what the ledger holds before it.
-    pub fn steps(&self, ledger: &[Entry], withdrawn: &[Withdrawal]) -> Vec<Step> {
+    pub fn steps(&self, ledger: &[Entry]) -> Vec<Step> {
         match self {
             Change::Add(grant) => {
                 let (number, before) = (grant.device.number, rights(ledger, grant, None));
@@ -116,11 +110,6 @@ impl Change {
                 }
                 // The right first: a node that is seen can be opened.
                 steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });
-                let withdrawal = withdrawal(grant);
-                // What a person attaches may go again while the container's rule still finds no device.
-                if grant.origin != Origin::Manual && withdrawn.iter().any(|other| other.is_same(&withdrawal)) {
-                    steps.push(Step::Restore(withdrawal));
-                }
                 steps.push(Step::MakeNode(grant.clone()));
                 steps
             }
@@ -130,11 +119,6 @@ impl Change {
                 let (before, after) = (rights(ledger, grant, None), rights(ledger, grant, Some(entry)));
                 // The right first: whatever the container does to keep its node, it cannot open it any more.
                 let mut steps = vec![Step::Allow { holder: grant.holder.clone(), number, before, after }];
-                let all = *unplugged && grant.origin != Origin::Manual;
-                let withdrawal = withdrawal(grant);
-                if all && grant.at_start && !withdrawn.iter().any(|other| other.is_same(&withdrawal)) {
-                    steps.push(Step::Withdraw(withdrawal));
-                }
                 match &entry.placement {
                     Placement::Ours(directories) => {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: directories.clone() });
@@ -142,7 +126,7 @@ impl Change {
                     Placement::Pending => {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: Vec::new() })
                     }
-                    Placement::Container if all => {
+                    Placement::Container if *unplugged && grant.origin != Origin::Manual => {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: Vec::new() });
                     }
                     Placement::Container | Placement::Host => {}
@@ -156,10 +140,6 @@ impl Change {
             }
         }
     }
-}
-
-fn withdrawal(grant: &Grant) -> Withdrawal {
-    Withdrawal { holder: grant.holder.clone(), number: grant.device.number }
 }
 
 /// The rights that the ledger's entries give the grant's cgroup on its device, leaving one entry out: two nodes may

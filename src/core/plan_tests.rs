@@ -52,7 +52,6 @@ struct World {
     rights: BTreeMap<(u64, Number), Access>,
     nodes: BTreeMap<(u64, String), Number>,
     marks: BTreeSet<u64>,
-    withdrawn: Vec<Withdrawal>,
     ledger: Vec<Entry>,
 }
 
@@ -76,14 +75,6 @@ impl World {
                     self.rights.insert(key, *after)
                 };
             }
-            Step::Withdraw(withdrawal) => {
-                assert!(!self.withdrawn.contains(withdrawal), "withdrawn once");
-                self.withdrawn.push(withdrawal.clone());
-            }
-            Step::Restore(withdrawal) => {
-                assert!(self.withdrawn.contains(withdrawal), "restored once");
-                self.withdrawn.retain(|other| other != withdrawal);
-            }
             Step::MakeNode(grant) => {
                 let key = (grant.holder.cgroup_id, grant.node.path.clone());
                 assert!(self.nodes.insert(key, grant.device.number).is_none(), "no node is overwritten");
@@ -98,7 +89,7 @@ impl World {
     fn reach(&mut self, desired: &[Grant], unplugged: bool) -> Vec<Step> {
         let mut done = Vec::new();
         for change in changes(desired, &self.ledger.clone(), |_| unplugged) {
-            for step in change.steps(&self.ledger.clone(), &self.withdrawn.clone()) {
+            for step in change.steps(&self.ledger.clone()) {
                 self.apply(&step);
                 done.push(step);
             }
@@ -124,7 +115,6 @@ fn grants() -> impl Strategy<Value = Vec<Grant>> {
         // By its path, so that two of these are the same only if they have one origin.
         if path > 0 {
             grant.origin = Origin::Rule("ttyUSB".into());
-            grant.at_start = minor == 0;
         }
         grant
     });
@@ -149,33 +139,12 @@ proptest! {
     }
 
     #[test]
-    fn what_the_runtime_granted_is_withdrawn_from_unplug_to_the_next_grant_by_rule(first in grants(), second in grants()) {
-        let of = |grants: &[Grant]| {
-            let all = grants.iter().filter(|grant| grant.at_start);
-            all.map(|grant| (grant.holder.cgroup_id, grant.device.number)).collect::<BTreeSet<_>>()
-        };
-        let by_rule = |grants: &[Grant]| {
-            let all = grants.iter().filter(|grant| grant.origin != Origin::Manual);
-            all.map(|grant| (grant.holder.cgroup_id, grant.device.number)).collect::<BTreeSet<_>>()
-        };
-        let withdrawn = |world: &World| {
-            world.withdrawn.iter().map(|it| (it.holder.cgroup_id, it.number)).collect::<BTreeSet<_>>()
-        };
-        let mut world = World::default();
-        world.reach(&first, false);
-        world.reach(&[], true);
-        prop_assert_eq!(withdrawn(&world), of(&first));
-        world.reach(&second, false);
-        prop_assert_eq!(withdrawn(&world), &of(&first) - &by_rule(&second));
-    }
-
-    #[test]
     fn steps_then_their_inverses_are_nothing(first in grants(), second in grants(), unplugged in any::<bool>()) {
         let mut world = World::default();
         world.reach(&first, false);
         let before = world.clone();
         for change in changes(&second, &world.ledger.clone(), |_| unplugged).into_iter().take(1) {
-            let steps = change.steps(&world.ledger.clone(), &world.withdrawn.clone());
+            let steps = change.steps(&world.ledger.clone());
             for step in &steps { world.apply(step); }
             for step in steps.iter().rev() { world.apply(&step.inverse()); }
         }
@@ -230,7 +199,7 @@ fn a_node_from_the_containers_start_goes_only_when_its_device_is_unplugged() {
     grant.origin = Origin::Rule("ttyUSB".into());
     let entry = Entry { grant, placement: Placement::Container, left_over: None };
     for unplugged in [true, false] {
-        let steps = Change::Remove { entry: entry.clone(), unplugged }.steps(std::slice::from_ref(&entry), &[]);
+        let steps = Change::Remove { entry: entry.clone(), unplugged }.steps(std::slice::from_ref(&entry));
         assert_eq!(steps.iter().any(|step| matches!(step, Step::RemoveNode { .. })), unplugged);
     }
 }

@@ -149,6 +149,8 @@ pub struct StatusInfo {
     pub after: Vec<String>,
     /// Entries in the filter's map.
     pub entries: usize,
+    /// Rights that runtimes gave at a container's start, withdrawn while their device is unplugged.
+    pub withdrawn: usize,
     /// Containers that run, as far as they are found.
     pub containers: usize,
     /// Grants in the ledger.

@@ -178,10 +178,21 @@ fn are_allowing(rules: &[Value], number: Number) -> bool {
     rules.iter().rposition(allows).is_some_and(|at| !rules[at..].iter().any(forbids))
 }
 
+/// The devices that entries of `linux.devices` name, with their paths. runc's state has the same entries, but for the
+/// type, which is the character's code there.
+pub fn named_devices(entries: Option<&Value>) -> Vec<(Number, String)> {
+    let entries = entries.and_then(Value::as_array).into_iter().flatten();
+    entries.filter_map(|entry| Some((number_of(entry)?, entry.get("path")?.as_str()?.to_owned()))).collect()
+}
+
 fn number_of(entry: &Value) -> Option<Number> {
-    let kind = match entry.get("type")?.as_str()? {
-        "b" => Kind::Block,
-        "c" | "u" => Kind::Char,
+    let letter = match entry.get("type")? {
+        Value::String(letter) => letter.chars().next()?,
+        code => char::from(u8::try_from(code.as_u64()?).ok()?),
+    };
+    let kind = match letter {
+        'b' => Kind::Block,
+        'c' | 'u' => Kind::Char,
         _ => return None,
     };
     let part = |name: &str| u32::try_from(entry.get(name)?.as_u64()?).ok();

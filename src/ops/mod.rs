@@ -4,11 +4,12 @@ mod agreement;
 pub mod live;
 pub mod request;
 pub mod store;
+mod withdrawal;
 
 use std::path::Path;
 
 use crate::core::device::{Access, Number};
-use crate::core::ledger::{Grant, Holder, Origin, Placement, Withdrawal};
+use crate::core::ledger::{Grant, Holder, Origin, Placement};
 use crate::core::plan::{Change, Step};
 use crate::error::{Error, Result};
 use crate::ops::store::Store;
@@ -58,8 +59,8 @@ impl Executor {
     pub fn carry_out(&mut self, change: &Change) -> Result<Placement> {
         let mut undo: Vec<Step> = Vec::new();
         let mut placement = Placement::Pending;
-        for step in change.steps(self.ledger.entries(), self.ledger.withdrawn()) {
-            match self.execute(&step, change) {
+        for step in change.steps(self.ledger.entries()) {
+            match self.execute(&step) {
                 Ok(Some(made)) => {
                     if let Step::MakeNode(grant) = &step
                         && let Placement::Ours(directories) = &made
@@ -90,7 +91,7 @@ impl Executor {
             }
         };
         for step in undo.into_iter().rev() {
-            if let Err(error) = self.execute(&step, change) {
+            if let Err(error) = self.execute(&step) {
                 self.ledger.mark_left_over(grant, &error.chain());
                 return Error::Undo {
                     first: Box::new(first),
@@ -104,7 +105,7 @@ impl Executor {
     }
 
     /// One step. `Some` where it settled whose node a grant has.
-    fn execute(&mut self, step: &Step, change: &Change) -> Result<Option<Placement>> {
+    fn execute(&mut self, step: &Step) -> Result<Option<Placement>> {
         tracing::trace!(?step, "step");
         match step {
             Step::Record(entry) => self.ledger.record(entry.clone())?,
@@ -112,11 +113,9 @@ impl Executor {
             Step::Mark(holder) => self.mark(holder)?,
             Step::Unmark(holder) => self.unmark(holder)?,
             Step::Allow { holder, number, after, .. } => self.allow(holder, *number, *after)?,
-            Step::Withdraw(withdrawal) => self.withdraw(withdrawal)?,
-            Step::Restore(withdrawal) => self.restore(withdrawal)?,
             Step::MakeNode(grant) => return self.make_node(grant).map(Some),
             Step::RemoveNode { grant, directories } => {
-                self.remove_node(grant, directories, matches!(change, Change::Add(_)))?
+                self.remove_node(&grant.holder, grant.device.number, &grant.node.path, directories)?
             }
         }
         Ok(None)
@@ -164,33 +163,6 @@ impl Executor {
         result.map_err(in_container(holder.label(), format!("change the rights on {number} in the device filter")))
     }
 
-    /// Written down before the act, as grants are.
-    fn withdraw(&mut self, withdrawal: &Withdrawal) -> Result<()> {
-        self.ledger.withdraw(withdrawal)?;
-        self.set_withdrawn(withdrawal.holder.cgroup_id, withdrawal.number, Withdrawal::ACCESS)
-    }
-
-    fn restore(&mut self, withdrawal: &Withdrawal) -> Result<()> {
-        self.set_withdrawn(withdrawal.holder.cgroup_id, withdrawal.number, Access::NONE)?;
-        self.ledger.restore(withdrawal)
-    }
-
-    fn set_withdrawn(&mut self, cgroup: u64, number: Number, access: Access) -> Result<()> {
-        self.filter()?;
-        let Executor { filter, cgroups, .. } = self;
-        filter.as_mut().expect("it was just loaded").withdraw(cgroups, cgroup, number, access)
-    }
-
-    /// Lets what was withdrawn from these hold again. Goes on after failures and returns the first one.
-    pub fn restore_all(&mut self, test: impl Fn(&Holder) -> bool) -> Result<()> {
-        let withdrawals = self.ledger.withdrawn().iter().filter(|withdrawal| test(&withdrawal.holder));
-        let mut result = Ok(());
-        for withdrawal in withdrawals.cloned().collect::<Vec<_>>() {
-            result = result.and(self.restore(&withdrawal));
-        }
-        result
-    }
-
     fn make_node(&mut self, grant: &Grant) -> Result<Placement> {
         let holder = &grant.holder;
         let process = Process::open_same(holder.pid, holder.start_time)
@@ -208,16 +180,14 @@ impl Executor {
         })
     }
 
-    fn remove_node(&mut self, grant: &Grant, directories: &[String], undoing: bool) -> Result<()> {
-        let holder = &grant.holder;
+    fn remove_node(&self, holder: &Holder, number: Number, path: &str, directories: &[String]) -> Result<()> {
         // A container that ended took its nodes along.
         if process::is_gone(holder.pid, holder.start_time) {
             return Ok(());
         }
         let process = Process::open_same(holder.pid, holder.start_time)
             .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
-        let (number, path) = (grant.device.number, &grant.node.path);
-        let (its_path, its_directories) = (path.clone(), directories.to_vec());
+        let (its_path, its_directories) = (path.to_owned(), directories.to_vec());
         let removed = match inside(holder.label(), &process, self.host, move |inside| {
             node::remove(inside, number, &its_path, &its_directories)
         }) {
@@ -228,9 +198,7 @@ impl Executor {
         match removed {
             Ok(true) => Ok(()),
             Ok(false) => {
-                if !undoing {
-                    tracing::debug!(container = holder.label(), "{path} was already gone or is another node now");
-                }
+                tracing::debug!(container = holder.label(), "{path} was already gone or is another node now");
                 Ok(())
             }
             Err(error) => Err(node_error(holder, error)),
@@ -246,7 +214,7 @@ impl Executor {
                 result = result.and(Err(error));
             }
         }
-        result.and(self.restore_all(|_| true))
+        result.and(self.restore_all())
     }
 
     /// Takes everything of ours out of the kernel.

@@ -118,6 +118,9 @@ pub fn detach(
         let mut info = GrantInfo::from(&entry);
         let (cgroup, number) = (entry.grant.holder.cgroup.clone(), entry.grant.device.number);
         // What a rule has granted goes as if its device were unplugged, with what the container had from its start.
+        if entry.grant.at_start && entry.grant.origin != Origin::Manual {
+            executor.withdraw(&entry.grant.holder, number)?;
+        }
         executor.carry_out(&Change::Remove { entry, unplugged: true })?;
         // The right counts at open(2): what is open already stays usable.
         let holders = holders_of(&executor.cgroups.processes_below(&cgroup), number);
@@ -160,9 +163,7 @@ pub fn prune(executor: &mut Executor) {
             tracing::warn!("{}", error.chain());
         }
     }
-    if let Err(error) = executor.restore_all(|holder| is_gone(holder.pid, holder.start_time)) {
-        tracing::warn!("{}", error.chain());
-    }
+    executor.restore_ended();
 }
 
 /// How the filter is, and the agent if this is one; `events` says where it hears of devices.
@@ -179,6 +180,7 @@ pub fn status(cgroups: &CgroupRoot, containers: usize, grants: usize, events: Op
         .to_owned(),
         after: standing.after,
         entries: standing.entries,
+        withdrawn: standing.withdrawn,
         containers,
         grants,
         events: events.unwrap_or("none").to_owned(),

@@ -6,7 +6,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::core::container::{Container, Runtime};
-use crate::runtime::{annotations, devices, parse_json, read};
+use crate::core::spec::named_devices;
+use crate::runtime::{annotations, parse_json, read};
 
 /// The fields of `status` that we use.
 #[derive(Deserialize)]
@@ -29,7 +30,7 @@ pub fn parse(id: &str, status: &str, spec: &str) -> Result<Container, String> {
         start_time: status.process_start_time,
         cgroup: status.cgroup_path.filter(|path| !path.is_empty()),
         annotations: annotations(&spec),
-        devices: devices(spec.pointer("/linux/devices")),
+        devices: named_devices(spec.pointer("/linux/devices")),
     })
 }
 

@@ -13,7 +13,6 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::core::container::{Container, Runtime};
-use crate::core::device::{Kind, Number};
 use crate::sys::process::Process;
 
 /// A runtime's state directory: one directory a container, with a state file in it that is renamed into place.
@@ -71,25 +70,6 @@ pub fn load(directory: &StateDirectory, id: &str) -> Option<Container> {
 fn annotations(spec: &Value) -> BTreeMap<String, String> {
     let pairs = spec.get("annotations").and_then(Value::as_object).into_iter().flatten();
     pairs.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
-}
-
-/// The devices among entries of `linux.devices` of an OCI specification, or of `config.devices` of runc's state, which
-/// writes the type as the character's code.
-fn devices(entries: Option<&Value>) -> BTreeMap<Number, String> {
-    let entries = entries.and_then(Value::as_array).into_iter().flatten();
-    let device = |entry: &Value| {
-        let kind = match entry.get("type")? {
-            Value::String(letter) if letter == "c" || letter == "u" => Kind::Char,
-            Value::String(letter) if letter == "b" => Kind::Block,
-            Value::Number(code) if code.as_u64() == Some(b'c'.into()) => Kind::Char,
-            Value::Number(code) if code.as_u64() == Some(b'b'.into()) => Kind::Block,
-            _ => return None,
-        };
-        let part = |name: &str| u32::try_from(entry.get(name)?.as_u64()?).ok();
-        let number = Number { kind, major: part("major")?, minor: part("minor")? };
-        Some((number, entry.get("path")?.as_str()?.to_owned()))
-    };
-    entries.filter_map(device).collect()
 }
 
 fn parse_json<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, String> {

@@ -7,7 +7,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::core::container::{Container, Runtime};
-use crate::runtime::{devices, parse_json, read};
+use crate::core::spec::named_devices;
+use crate::runtime::{parse_json, read};
 
 /// The fields of `state.json` that we use.
 #[derive(Deserialize)]
@@ -46,7 +47,7 @@ pub fn parse(state: &str) -> Result<Container, String> {
             .filter_map(|label| label.split_once('='))
             .map(|(key, value)| (key.into(), value.into()))
             .collect(),
-        devices: devices(state.config.devices.as_ref()),
+        devices: named_devices(state.config.devices.as_ref()),
     })
 }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
+use crate::core::device::{Kind, Number};
 use crate::sys::cgroup::own_path;
 
 fn fixture(release: &str, runtime: &str, file: &str) -> String {
@@ -37,6 +38,9 @@ fn real_state_files_of_each_runtime_and_release() {
             assert_eq!(container.runtime.to_string(), runtime);
             assert_eq!(container.annotations["foo"], "bar", "{release} {runtime}");
             assert_eq!(container.annotations["org.containers.qm.device.ttyUSB"], "true", "{release} {runtime}");
+            let null = Number { kind: Kind::Char, major: 1, minor: 3 };
+            let named = (runtime == "runc").then(|| (null, "/dev/null".to_owned()));
+            assert_eq!(container.devices.iter().find(|(number, _)| *number == null), named.as_ref(), "{release}");
             let stat = fixture(release, runtime, "stat");
             let (pid, rest) = stat.split_once(' ').unwrap();
             assert_eq!(container.pid.to_string(), pid, "{release} {runtime}");
@@ -51,11 +55,22 @@ fn real_state_files_of_each_runtime_and_release() {
 }
 
 #[test]
+fn devices_of_the_specification_are_known() {
+    let status = r#"{"pid":1,"process-start-time":2}"#;
+    let spec = r#"{"linux":{"devices":[{"path":"/dev/ttyUSB0","type":"c","major":188,"minor":0},{"path":"/dev/sda","type":"b","major":8,"minor":0},{"path":"/dev/p","type":"p"},{}]}}"#;
+    let devices = crun::parse("x", status, spec).unwrap().devices;
+    let stick = Number { kind: Kind::Char, major: 188, minor: 0 };
+    let disk = Number { kind: Kind::Block, major: 8, minor: 0 };
+    assert_eq!(devices, [(stick, "/dev/ttyUSB0".into()), (disk, "/dev/sda".into())]);
+}
+
+#[test]
 fn state_without_a_cgroup_or_annotations_is_no_error() {
     let state =
         runc::parse(r#"{"id":"x","init_process_pid":1,"init_process_start":2,"config":{"labels":null}}"#).unwrap();
     assert_eq!((state.cgroup, state.annotations.len()), (None, 0));
     let state = crun::parse("x", r#"{"pid":1,"process-start-time":2,"cgroup-path":""}"#, "{}").unwrap();
+    assert!(state.devices.is_empty());
     assert_eq!((state.cgroup, state.annotations.len()), (None, 0));
 }
 

@@ -45,6 +45,8 @@ pub struct Standing {
     pub after: Vec<String>,
     /// Entries in the map of grants.
     pub entries: usize,
+    /// Entries in the map of withdrawals.
+    pub withdrawn: usize,
 }
 
 impl DeviceFilter {
@@ -171,6 +173,13 @@ impl DeviceFilter {
         }
     }
 
+    /// Loads the form that reads withdrawals, and lets it go: that this kernel takes it is known before it is needed.
+    pub fn prove_withdrawal(&self) -> Result<()> {
+        let map = Map::create_hash(WITHDRAWN_MAP, KEY_SIZE, VALUE_SIZE, 1).map_err(failed("create its maps"))?;
+        let form = program::lift(self.grants.as_raw_fd(), self.witness.as_raw_fd(), Some(map.as_raw_fd()));
+        Program::load(&program::lift_name(true), &form).map(drop).map_err(failed("load its program"))
+    }
+
     /// Whether the cgroup has our mark in first place: this build's, and one that leaves its witness where this filter
     /// reads it.
     pub fn is_marked(&self, cgroup: &Cgroup) -> io::Result<bool> {
@@ -199,11 +208,12 @@ impl DeviceFilter {
                 .collect(),
             None => Vec::new(),
         };
-        let entries = match DeviceFilter::existing(root)? {
-            Some(filter) => filter.grants.keys().map_err(failed("read its map"))?.len(),
-            None => 0,
+        let count = |map: &Map| map.keys().map(|keys| keys.len()).map_err(failed("read its maps"));
+        let (entries, withdrawn) = match DeviceFilter::existing(root)? {
+            Some(filter) => (count(&filter.grants)?, filter.withdrawn.as_ref().map_or(Ok(0), count)?),
+            None => (0, 0),
         };
-        Ok(Standing { attached: ours.is_some(), after, entries })
+        Ok(Standing { attached: ours.is_some(), after, entries, withdrawn })
     }
 
     /// Takes everything of ours out: the marks of all cgroups first, because their verdict means nothing without the

@@ -5,6 +5,7 @@ mod support;
 
 mod actor;
 mod attach;
+mod block;
 mod filter;
 mod foreign;
 mod hostile;
@@ -35,6 +36,7 @@ fn main() {
         foreign::TESTS,
         attach::TESTS,
         unfit::TESTS,
+        block::TESTS,
     ]
     .concat();
     let trials = tests.into_iter().map(|(name, test)| Trial::test(name, move || isolated(test))).collect();

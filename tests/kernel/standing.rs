@@ -67,14 +67,20 @@ fn existing_is_there_only_after_open() {
     let root = CgroupRoot::find().unwrap();
     assert!(DeviceFilter::existing(&root).unwrap().is_none());
     assert_eq!(ours(), [], "a look attaches nothing");
-    assert_eq!(DeviceFilter::standing(&root).unwrap(), Standing { attached: false, after: vec![], entries: 0 });
+    assert_eq!(
+        DeviceFilter::standing(&root).unwrap(),
+        Standing { attached: false, after: vec![], entries: 0, withdrawn: 0 }
+    );
     let stage = Stage::new();
     stage.filter.set(7, NULL, Access::READ).unwrap();
     // The filter outlives the one who made it.
     drop(stage);
     let existing = DeviceFilter::existing(&root).unwrap().expect("it stays attached");
     assert_eq!(existing.get(7, NULL).unwrap(), Access::READ);
-    assert_eq!(DeviceFilter::standing(&root).unwrap(), Standing { attached: true, after: vec![], entries: 1 });
+    assert_eq!(
+        DeviceFilter::standing(&root).unwrap(),
+        Standing { attached: true, after: vec![], entries: 1, withdrawn: 0 }
+    );
 }
 
 fn a_foreign_program_after_ours_wins() {
@@ -88,7 +94,10 @@ fn a_foreign_program_after_ours_wins() {
     let nameless = Foreign::attach("");
     assert_eq!(actor.open("r", &absent), REFUSED);
     let standing = DeviceFilter::standing(&stage.root).unwrap();
-    assert_eq!(standing, Standing { attached: true, after: vec!["guard".into(), "(no name)".into()], entries: 1 });
+    assert_eq!(
+        standing,
+        Standing { attached: true, after: vec!["guard".into(), "(no name)".into()], entries: 1, withdrawn: 0 }
+    );
     assert_eq!(status("filter"), "degraded");
     let text = support::qm(&["status"]).ok();
     assert!(text.contains("guard") && text.contains("degraded"), "{text}");

@@ -8,6 +8,7 @@ mod agent_restart;
 mod agent_socket;
 mod attach;
 mod detach;
+mod hook;
 mod host_dev;
 mod hotplug;
 mod plug;
@@ -44,6 +45,7 @@ fn main() {
         agent_restart::CASES,
         agent_socket::CASES,
         updates::CASES,
+        hook::CASES,
         precreate::CASES,
         refusals::CASES,
         refused_destinations::CASES,

@@ -18,6 +18,7 @@ pub(crate) const CASES: &[Case] = &[
     ("precreate::a_container_without_annotations_is_as_ever", a_container_without_annotations_is_as_ever),
     ("precreate::with_the_agent_nothing_is_double", with_the_agent_nothing_is_double),
     ("precreate::an_unplug_takes_the_right_of_the_start_too", an_unplug_takes_the_right_of_the_start_too),
+    ("precreate::a_hidden_node_saves_no_right", a_hidden_node_saves_no_right),
     ("precreate::detach_takes_the_right_of_the_start_too", detach_takes_the_right_of_the_start_too),
 ];
 
@@ -101,6 +102,25 @@ fn withdrawn() -> Vec<Number> {
 
 fn refused(c: &Container) -> bool {
     c.open("<>", "/dev/byhand") == crate::attach::REFUSED.map_err(Into::into)
+}
+
+/// A container that hides its node from the agent does not keep the right for it.
+fn a_hidden_node_saves_no_right(runtime: &str) {
+    let c = start(runtime, "qmh-hook-hidden", &ASKS);
+    c.past_the_filter("mknod /dev/byhand c 4 5 && rm /dev/tty5 && echo mine >/dev/tty5").ok();
+    qm(&["attach", &c.name, "/dev/tty6", "/dev/tty6"]).ok();
+    let agent = Agent::start();
+    assert!(agent.log().contains("/dev/tty5 is already there and is a regular file"), "{}", agent.log());
+    assert!(c.opens("<>", "/dev/byhand"));
+    trigger("remove", "tty5");
+    wait_for("the right to go", || refused(&c));
+    // A person's own grant does not hide the right of the start either.
+    c.past_the_filter("rm /dev/byhand && mknod /dev/byhand c 4 6").ok();
+    trigger("remove", "tty6");
+    wait_for("the right to go", || refused(&c));
+    assert_eq!(c.sh("cat /dev/tty5").ok(), "mine\n");
+    let status: serde_json::Value = serde_json::from_str(&qm(&["status", "--json"]).ok()).unwrap();
+    assert_eq!(status["withdrawn"], 2);
 }
 
 /// The runtime's own filter allows the device until the container ends; ours does not while it is unplugged.

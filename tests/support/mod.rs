@@ -17,7 +17,7 @@ use rustix::fs::{FlockOperation, flock};
 pub const BINARY: &str = env!("CARGO_BIN_EXE_qm-hotplug");
 
 /// Moves this process into a mount namespace of its own: cgroup2 on /sys/fs/cgroup also where the host is hybrid, and
-/// an empty /run/qm-hotplug. Call it first in `main`, while there is one thread.
+/// an empty /run/qm-hotplug and /var/log. Call it first in `main`, while there is one thread.
 ///
 /// The device filter is one for the whole kernel, so only one such test program runs at a time.
 pub fn enter() {
@@ -39,6 +39,8 @@ pub fn enter() {
         mount(Some("none"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none).unwrap();
     }
     fresh_run_directory();
+    // The hook's log is the host's too.
+    mount(Some("none"), "/var/log", Some("tmpfs"), MsFlags::empty(), none).unwrap();
 }
 
 /// An empty /run/qm-hotplug, on a tmpfs as on a real host.
