@@ -9,7 +9,7 @@ use qm_hotplug::cli::{Cli, Command, precreate, run};
 use qm_hotplug::core::text::printable;
 use qm_hotplug::error::Error;
 use qm_hotplug::precreate::Hook;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
@@ -39,8 +39,10 @@ fn start() -> anyhow::Result<()> {
 /// To the journal, where that is to be and it is there, else to stderr. `QM_HOTPLUG_LOG` sets the level.
 fn start_logging(is_service: bool, to_journal: bool) -> anyhow::Result<()> {
     let journal = if to_journal { tracing_journald::layer().ok() } else { None };
-    let level = if is_service && (journal.is_some() || !to_journal) { "info" } else { "warn" };
-    let filter = EnvFilter::try_from_env("QM_HOTPLUG_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let is_heard = is_service && (journal.is_some() || !to_journal);
+    let usual = || Targets::new().with_default(if is_heard { LevelFilter::INFO } else { LevelFilter::WARN });
+    let set = std::env::var("QM_HOTPLUG_LOG").ok().and_then(|text| text.parse().ok());
+    let filter = set.unwrap_or_else(usual);
     let registry = tracing_subscriber::registry().with(filter);
     if let Some(journal) = journal {
         return Ok(registry.with(journal.with_syslog_identifier("qm-hotplug".into())).try_init()?);

@@ -4,9 +4,13 @@
 pub mod discovery;
 pub mod log;
 
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::config;
@@ -108,6 +112,9 @@ fn edit(
     if text.iter().all(u8::is_ascii_whitespace) {
         return Err(bad("it is empty: an OCI specification is expected".into()));
     }
+    if hook.is_none() && is_without_ours(text) {
+        return Ok(None);
+    }
     let mut spec: Value = serde_json::from_slice(text).map_err(|error| bad(format!("not valid JSON: {error}")))?;
     let annotations = spec::annotations(&spec).map_err(bad)?;
     let of = |hook: &Hook| annotations.iter().filter(|(key, _)| hook.takes(key)).collect::<Vec<_>>();
@@ -131,6 +138,21 @@ fn edit(
         log.info(&format!("{} hook completed successfully", hook.title));
     }
     Ok(changed.then(|| serde_json::to_vec(&spec).expect("a JSON value is printable")))
+}
+
+/// Whether it is a specification that has nothing of ours in it: that is seen without taking it apart.
+fn is_without_ours(text: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Head<'a> {
+        #[serde(borrow, default)]
+        annotations: Option<HashMap<Cow<'a, str>, IgnoredAny>>,
+    }
+    // Whatever is wrong with it, the whole look at it tells. To serde, an array could be a structure, too.
+    if text.trim_ascii_start().first() != Some(&b'{') {
+        return false;
+    }
+    let head: serde_json::Result<Head<'_>> = serde_json::from_slice(text);
+    head.is_ok_and(|head| head.annotations.is_none_or(|all| !all.keys().any(|key| key.starts_with(PREFIX))))
 }
 
 /// Adds what the annotations ask for. Returns whether that changed anything.
