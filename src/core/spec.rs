@@ -99,6 +99,15 @@ pub fn check(spec: &Value) -> Result<(), String> {
     Ok(())
 }
 
+/// Makes `linux` where it is missing. Returns whether it was; its type is not looked at.
+pub fn ensure_linux(spec: &mut Value) -> bool {
+    let is_missing = spec.get("linux").is_none_or(Value::is_null);
+    if let (true, Some(root)) = (is_missing, spec.as_object_mut()) {
+        object(root, "linux");
+    }
+    is_missing
+}
+
 /// Adds each device to `linux.devices` and a rule that allows `rwm` to `linux.resources.devices`, after those that are
 /// there. What is there already is not added again; everything else stays as it is. Errors are in words.
 pub fn add_devices(spec: &mut Value, devices: &[SpecDevice]) -> Result<Added, String> {

@@ -193,6 +193,8 @@ fn grant(
             tracing::warn!(container, device = path, "{path} not granted: {reason}");
             log.warning(&format!("Not adding device: {path}: {reason}"));
         }
+        // As containers/qm's hook does, also where no device is found.
+        changed |= spec::ensure_linux(spec);
         let added = add_devices(spec, &found.devices)?;
         for device in &found.devices {
             let number = device.number;

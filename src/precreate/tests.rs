@@ -57,7 +57,7 @@ fn without_our_annotations_every_byte_stays() {
         "{ }\n",
         "{\"annotations\":{\"a\":\"b\"},  \"x\":1e3}",
         "{\"annotations\":{\"org.containers.qm.device.audio\":\"no\"}} ",
-        "{\"annotations\":{\"org.containers.qm.device.dvb\":\"yes\"}, \"x\": 1.0, \"y\":18446744073709551615}",
+        "{\"annotations\":{\"org.containers.qm.device.dvb\":\"yes\"}, \"x\": 1.0, \"y\":18446744073709551615,\"linux\":{}}",
         "{\"annotations\":null,\"linux\":[]}",
     ] {
         assert_eq!(hook(None, text).0.unwrap(), text);
@@ -83,6 +83,9 @@ fn what_is_asked_for_is_added_and_nothing_else_changes() {
         )
     );
     assert_eq!(hook(None, &output).0.unwrap(), output, "a second time nothing changes");
+    let without_linux = r#"{"annotations":{"org.containers.qm.device.dvb":"yes"},"x":1}"#;
+    let made = r#"{"annotations":{"org.containers.qm.device.dvb":"yes"},"x":1,"linux":{}}"#;
+    assert_eq!(hook(None, without_linux).0.unwrap(), made);
 }
 
 #[test]
