@@ -10,18 +10,16 @@ use crate::core::config::ConfigFile;
 /// A file in the second one takes the place of one with the same name in the first.
 const DIRECTORIES: [&str; 2] = ["/usr/lib/qm-hotplug/config.d", "/etc/qm-hotplug/config.d"];
 
-/// The categories of this host. A file that cannot be taken is passed over with a warning: the others count, and a
-/// container still starts.
-pub fn categories() -> Categories {
-    let mut categories = Categories::default();
+/// The categories of this host, and what is wrong with files that could not be taken: these are passed over, the others
+/// count, and a container still starts.
+pub fn categories() -> (Categories, Vec<String>) {
+    let (mut categories, mut problems) = (Categories::default(), Vec::new());
     for path in files(&DIRECTORIES.map(Path::new)) {
         let text = std::fs::read_to_string(&path).map_err(|error| error.to_string());
         let taken = text.and_then(|text| ConfigFile::parse(&text)).and_then(|file| categories.apply(&file));
-        if let Err(reason) = taken {
-            tracing::warn!("{} is passed over: {reason}", path.display());
-        }
+        problems.extend(taken.err().map(|reason| format!("{}: {reason}", path.display())));
     }
-    categories
+    (categories, problems)
 }
 
 /// The files to read, by name.

@@ -25,8 +25,8 @@
 //! | [`sys`] | the kernel: BPF, cgroups, namespaces, device nodes, events; all the `unsafe` | `core` |
 //! | [`runtime`] | what each container runtime leaves on disk | `core`, `sys` |
 //! | [`ops`] | carries out plans, keeps the ledger | the above |
-//! | [`agent`] | the service: one loop that observes, plans, executes; its socket | the above |
 //! | [`config`] | the host's configuration files | `core` |
+//! | [`agent`] | the service: one loop that observes, plans, executes; its socket | the above |
 //! | [`precreate`] | the OCI hook | `core`, `sys`, `config` |
 //! | [`cli`] | one file a command, and what a person reads | all |
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::agent::registry::{Known, Registry};
 use crate::core::device::{Device, Kind, Number};
-use crate::core::ledger::{Entry, Grant, Granted, Origin, Placement, Withdrawal};
+use crate::core::ledger::{Entry, Grant, Granted, Holder, Origin, Placement, Withdrawal};
 use crate::core::matcher;
 use crate::core::plan::{Change, changes};
 use crate::core::uevent::Uevent;
@@ -29,8 +29,8 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     let observed = executor.ledger.entries().to_vec();
     let stays = |entry: &&Entry| manual_and_valid(entry) || is_undecided(entry, registry);
     desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
-    carry_out(executor, registry, &desired, &observed, is_unplugged, None);
     settle_withdrawals(executor, registry, |_, _| true, None);
+    carry_out(executor, registry, &desired, &observed, is_unplugged, None);
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
         registry.follow(&executor.cgroups, &entry.grant.holder);
@@ -85,8 +85,8 @@ pub(super) fn container(executor: &mut Executor, registry: &mut Registry, direct
     let Some(known) = registry.containers.get(id) else { return };
     let mut desired: Vec<Grant> = wanted(executor, known, registry.devices.values());
     desired.extend(observed.iter().filter(|entry| manual_and_valid(entry)).map(|entry| entry.grant.clone()));
-    carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
     settle_withdrawals(executor, registry, |known, _| known.container.id == id, None);
+    carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
 }
 
 /// A runtime's update may have detached the mark of a container with grants: it is put back.
@@ -123,16 +123,19 @@ fn settle_withdrawals(
             let paths: Vec<&str> = paths.collect();
             let presence = || match registry.devices.values().find(|device| device.number == number) {
                 _ if gone == Some(number) => Presence::Gone,
+                // Another one than was granted, perhaps; the host's own use of it comes first.
+                Some(device) if !has_grant(executor, holder, number) && is_used_by_host(device) => Presence::Unclear,
                 Some(device) => Presence::Here(device),
                 None if paths.iter().any(|path| udev::has_number(number, path)) => Presence::Unclear,
                 None => Presence::Gone,
             };
-            let due = withdrawal::is_due(&known.rules, number, &paths, presence);
-            let result = match (due, executor.is_withdrawn(holder, number)) {
-                (Some(true), false) => executor.withdraw(holder, number).map(|()| {
-                    let is_listed =
-                        |entry: &Entry| entry.grant.holder.is_same_run(holder) && entry.grant.device.number == number;
-                    if !executor.ledger.entries().iter().any(is_listed) {
+            let is_withdrawn = executor.is_withdrawn(holder, number);
+            let is_granted = has_grant(executor, holder, number);
+            let due = withdrawal::is_due(&known.rules, number, &paths, is_withdrawn || is_granted, presence);
+            let result = match (due, is_withdrawn) {
+                // Also what is withdrawn already: the act may have failed.
+                (Some(true), _) => executor.withdraw(holder, number).map(|()| {
+                    if !is_withdrawn && !is_granted {
                         paths.iter().for_each(|path| executor.remove_stale_node(holder, number, path));
                     }
                 }),
@@ -144,6 +147,20 @@ fn settle_withdrawals(
             }
         }
     }
+}
+
+/// Whether the ledger holds a rule's grant of that number, which the container has from its start.
+fn has_grant(executor: &Executor, holder: &Holder, number: Number) -> bool {
+    executor.ledger.entries().iter().map(|entry| &entry.grant).any(|grant| {
+        grant.at_start
+            && grant.origin != Origin::Manual
+            && grant.device.number == number
+            && grant.holder.is_same_run(holder)
+    })
+}
+
+fn is_used_by_host(device: &Device) -> bool {
+    device.number.kind == Kind::Block && block::in_use(&device.node, device.number).is_some()
 }
 
 /// Another device that is plugged in and has the grant's path in its container already.
@@ -170,10 +187,11 @@ fn wanted<'a>(executor: &Executor, known: &Known, devices: impl IntoIterator<Ite
     grants.retain(|grant| {
         let number = grant.device.number;
         let has_it = || executor.ledger.entries().iter().any(|entry| entry.grant.is_same(grant));
-        if number.kind == Kind::Char || grant.at_start || has_it() {
+        let has_it_from_start = grant.at_start && !executor.is_withdrawn(holder, number);
+        if number.kind == Kind::Char || has_it_from_start || has_it() {
             return true;
         }
-        let reason = block::in_use(&grant.device.node, &format!("{}:{}", number.major, number.minor));
+        let reason = block::in_use(&grant.device.node, number);
         if let Some(reason) = &reason {
             tracing::debug!(container = holder.label(), "{} not granted: {reason}", grant.device.node);
         }

@@ -45,12 +45,16 @@ pub(super) struct Registry {
 
 impl Registry {
     pub(super) fn new(watched: Watched) -> Registry {
+        let (categories, problems) = config::categories();
+        for problem in problems {
+            tracing::warn!("passed over: {problem}");
+        }
         Registry {
             devices: BTreeMap::new(),
             containers: HashMap::new(),
             others: HashMap::new(),
             cgroups: BTreeSet::new(),
-            categories: config::categories(),
+            categories,
             watched,
         }
     }
@@ -103,9 +107,13 @@ impl Registry {
         true
     }
 
-    /// Reads the host's configuration again.
+    /// Reads the host's configuration again. Where a file is wrong, all stays as it was.
     pub(super) fn reconfigure(&mut self) {
-        self.categories = config::categories();
+        let (categories, problems) = config::categories();
+        if !problems.is_empty() {
+            return problems.iter().for_each(|problem| tracing::error!("the configuration stays as it was: {problem}"));
+        }
+        self.categories = categories;
         for known in self.containers.values_mut() {
             known.rules = rules(known.container.annotations(), &self.categories).0;
         }

@@ -40,7 +40,7 @@ struct ContainerInfo {
 pub(super) fn run(args: Args) -> Result<()> {
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
-    let categories = config::categories();
+    let (categories, _) = config::categories();
     let mut containers: Vec<ContainerInfo> =
         runtime::scan().into_iter().map(|container| info(&cgroups, &categories, container)).collect();
     containers.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));

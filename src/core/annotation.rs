@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::core::category::{Categories, Category, render_nodes};
 use crate::core::device::{Device, Kind, Number};
 use crate::core::seat::{self, Seat};
-use crate::core::text::printable;
+use crate::core::text::excerpt;
 
 /// What precedes all of ours and of containers/qm's.
 pub const PREFIX: &str = "org.containers.qm.";
@@ -79,7 +79,7 @@ pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Ru
             Some(category) => Ok(Rule::Category(category.clone())),
         },
         (None, SEAT) if seat::is_valid_name(value) => {
-            Ok(Rule::Seat(Seat { name: value.to_owned(), withheld: categories.withheld() }))
+            Ok(Rule::Seat(Seat { name: value.to_owned(), withheld: categories.sensitive() }))
         }
         (None, SEAT) => Err(format!("'{value}' is no name of a seat, such as seat0")),
         (None, GPU) if ["true", "1", "yes"].iter().any(|on| value.eq_ignore_ascii_case(on)) => {
@@ -88,7 +88,7 @@ pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Ru
         (None, GPU) => is_not_on(),
         _ => Err(format!("there is no annotation '{name}'")),
     };
-    Some(rule.map_err(|reason| Ignored { key: printable(key), reason: printable(&reason) }))
+    Some(rule.map_err(|reason| Ignored { key: excerpt(key), reason: excerpt(&reason) }))
 }
 
 /// The rules of a container. What asks for nothing is returned beside them, to be logged.
@@ -157,6 +157,15 @@ mod tests {
         assert!(reason.contains("enable = [\"usb\"]"), "{reason}");
         let foreign = [("io.podman.annotations.label", "x"), ("org.containers.qmx", "true")];
         assert_eq!(rules(foreign, &Categories::default()), (vec![], vec![]));
+    }
+
+    #[test]
+    fn what_is_said_of_a_long_annotation_is_short() {
+        let long = "x".repeat(5_000_000);
+        for (key, value) in [(format!("{DEVICE_PREFIX}{long}"), "true"), (SEAT.to_owned(), long.as_str())] {
+            let ignored = rule(&key, value, &Categories::default()).unwrap().unwrap_err();
+            assert!(ignored.key.len() + ignored.reason.len() < 1000, "{}", ignored.reason);
+        }
     }
 
     proptest! {

@@ -16,6 +16,8 @@ pub struct Category {
     pub patterns: Vec<Pattern>,
     /// Character or block devices.
     pub kind: Kind,
+    /// Whether a host has to enable it before containers can have it.
+    pub sensitive: bool,
     /// Whether this host lets containers have it.
     pub enabled: bool,
 }
@@ -38,19 +40,19 @@ pub fn is_forbidden(number: Number) -> bool {
     number.kind == Kind::Char && number.major == 1 && matches!(number.minor, 1 | 2 | 4 | 11)
 }
 
-/// A category of the program: name, patterns, kind, and whether it is enabled without being configured.
+/// A category of the program: name, patterns, kind, and whether it has to be enabled.
 type BuiltIn = (&'static str, &'static [&'static str], Kind, bool);
 
 /// The first seven are those of containers/qm's device manager, with the same meaning.
 const BUILT_IN: &[BuiltIn] = &[
-    ("audio", &["/dev/snd/**"], Kind::Char, true),
-    ("video", &["/dev/video#", "/dev/media#"], Kind::Char, true),
-    ("input", &["/dev/input/**"], Kind::Char, true),
-    ("ttys", &["/dev/tty[0-7]"], Kind::Char, true),
-    ("ttyUSB", &["/dev/ttyUSB#"], Kind::Char, true),
-    ("dvb", &["/dev/dvb/**"], Kind::Char, true),
-    ("radio", &["/dev/radio#"], Kind::Char, true),
-    ("ttyACM", &["/dev/ttyACM#"], Kind::Char, true),
+    ("audio", &["/dev/snd/**"], Kind::Char, false),
+    ("video", &["/dev/video*", "/dev/media*"], Kind::Char, false),
+    ("input", &["/dev/input/**"], Kind::Char, false),
+    ("ttys", &["/dev/tty[0-7]"], Kind::Char, false),
+    ("ttyUSB", &["/dev/ttyUSB*"], Kind::Char, false),
+    ("dvb", &["/dev/dvb/**"], Kind::Char, false),
+    ("radio", &["/dev/radio*"], Kind::Char, false),
+    ("ttyACM", &["/dev/ttyACM#"], Kind::Char, false),
     (
         "serial",
         &[
@@ -63,20 +65,20 @@ const BUILT_IN: &[BuiltIn] = &[
             "/dev/rfcomm#",
         ],
         Kind::Char,
-        true,
+        false,
     ),
-    ("camera", &["/dev/video#", "/dev/media#", "/dev/v4l-subdev#", "/dev/dma_heap/**"], Kind::Char, true),
-    ("printer", &["/dev/usb/lp#"], Kind::Char, true),
-    ("hidraw", &["/dev/hidraw#"], Kind::Char, true),
-    ("dri", &["/dev/dri/**"], Kind::Char, true),
-    ("kvm", &["/dev/kvm"], Kind::Char, true),
-    ("fuse", &["/dev/fuse"], Kind::Char, true),
-    ("tun", &["/dev/net/tun"], Kind::Char, true),
-    ("gpio", &["/dev/gpiochip#"], Kind::Char, true),
-    ("i2c", &["/dev/i2c-#"], Kind::Char, true),
-    ("spi", &["/dev/spidev#.#"], Kind::Char, true),
-    ("uinput", &["/dev/uinput"], Kind::Char, false),
-    ("usb", &["/dev/bus/usb/**"], Kind::Char, false),
+    ("camera", &["/dev/video*", "/dev/media*", "/dev/v4l-subdev#", "/dev/dma_heap/**"], Kind::Char, false),
+    ("printer", &["/dev/usb/lp#"], Kind::Char, false),
+    ("hidraw", &["/dev/hidraw#"], Kind::Char, false),
+    ("dri", &["/dev/dri/**"], Kind::Char, false),
+    ("kvm", &["/dev/kvm"], Kind::Char, false),
+    ("fuse", &["/dev/fuse"], Kind::Char, false),
+    ("tun", &["/dev/net/tun"], Kind::Char, false),
+    ("gpio", &["/dev/gpiochip#"], Kind::Char, false),
+    ("i2c", &["/dev/i2c-#"], Kind::Char, false),
+    ("spi", &["/dev/spidev#.#"], Kind::Char, false),
+    ("uinput", &["/dev/uinput"], Kind::Char, true),
+    ("usb", &["/dev/bus/usb/**"], Kind::Char, true),
     (
         "block",
         &[
@@ -91,7 +93,7 @@ const BUILT_IN: &[BuiltIn] = &[
             "/dev/md#",
         ],
         Kind::Block,
-        false,
+        true,
     ),
 ];
 
@@ -105,9 +107,9 @@ impl Default for Categories {
     }
 }
 
-fn built_in((name, patterns, kind, enabled): BuiltIn) -> Category {
+fn built_in((name, patterns, kind, sensitive): BuiltIn) -> Category {
     let patterns = patterns.iter().map(|text| Pattern::parse(text).expect("a pattern of the table is valid"));
-    Category { name: name.to_owned(), patterns: patterns.collect(), kind, enabled }
+    Category { name: name.to_owned(), patterns: patterns.collect(), kind, sensitive, enabled: !sensitive }
 }
 
 impl Categories {
@@ -121,9 +123,9 @@ impl Categories {
         self.0.iter().map(|category| &**category)
     }
 
-    /// Those that this host has not enabled.
-    pub fn withheld(&self) -> Vec<Arc<Category>> {
-        self.0.iter().filter(|category| !category.enabled).cloned().collect()
+    /// Those that have to be enabled.
+    pub fn sensitive(&self) -> Vec<Arc<Category>> {
+        self.0.iter().filter(|category| category.sensitive).cloned().collect()
     }
 
     /// Adds what a configuration file says. Nothing is changed if it cannot be taken; the error says why, in words.
@@ -140,7 +142,13 @@ impl Categories {
             }
             let patterns = added.nodes.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>();
             let patterns = patterns.map_err(|reason| format!("in category '{name}': {reason}"))?;
-            changed.push(Arc::new(Category { name: name.clone(), patterns, kind: Kind::Char, enabled: true }));
+            changed.push(Arc::new(Category {
+                name: name.clone(),
+                patterns,
+                kind: Kind::Char,
+                sensitive: false,
+                enabled: true,
+            }));
         }
         for name in &file.enable {
             let category = changed.iter_mut().find(|category| category.name == *name);
@@ -154,7 +162,7 @@ impl Categories {
 
 /// What `org.containers.qm.wayland-client.gpu` stands for.
 pub fn render_nodes() -> Category {
-    built_in(("wayland-client.gpu", &["/dev/dri/render*"], Kind::Char, true))
+    built_in(("wayland-client.gpu", &["/dev/dri/render*"], Kind::Char, false))
 }
 
 #[cfg(test)]
@@ -173,6 +181,7 @@ mod tests {
             ("/dev/snd/deep/er", &["audio"]),
             ("/dev/video0", &["video", "camera"]),
             ("/dev/video12", &["video", "camera"]),
+            ("/dev/video-dec0", &["video", "camera"]),
             ("/dev/media0", &["video", "camera"]),
             ("/dev/v4l-subdev3", &["camera"]),
             ("/dev/dma_heap/system", &["camera"]),
@@ -209,11 +218,7 @@ mod tests {
             "/dev/tty",
             "/dev/tty8",
             "/dev/tty10",
-            "/dev/ttyUSB",
-            "/dev/ttyUSB0x",
             "/dev/ttyS0",
-            "/dev/video",
-            "/dev/videotape",
             "/dev/snd",
             "/dev/snd/",
             "/dev/v4l/video0",
@@ -246,12 +251,10 @@ mod tests {
             .unwrap();
         assert!(host.named("block").unwrap().enabled && !host.named("usb").unwrap().enabled);
         assert!(host.named("robot").unwrap().contains(&device("/dev/arm/left", 240, 1)));
-        let names =
-            |categories: &Categories| categories.withheld().iter().map(|it| it.name.clone()).collect::<Vec<_>>();
-        assert_eq!(
-            (names(&usual), names(&host)),
-            (vec!["uinput".into(), "usb".into(), "block".into()], vec!["uinput".into(), "usb".into()])
-        );
+        for categories in [usual, host] {
+            let names: Vec<_> = categories.sensitive().iter().map(|category| category.name.clone()).collect();
+            assert_eq!(names, ["uinput", "usb", "block"]);
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub fn is_valid_name(name: &str) -> bool {
 pub struct Seat {
     /// Its name.
     pub name: String,
-    /// Categories that this host has not enabled: a seat does not bring them either.
+    /// Categories that have to be enabled: a seat does not bring their devices, enabled or not.
     pub withheld: Vec<Arc<Category>>,
 }
 
@@ -38,7 +38,7 @@ impl Seat {
     }
 }
 
-/// Whether a node of that path is of a kind that seats have.
+/// Whether a node of that path is of a kind that most seats have.
 pub fn may_have(node: &str) -> bool {
     let directories = ["/dev/input/", "/dev/snd/", "/dev/dri/", "/dev/fb", "/dev/video", "/dev/media", "/dev/hidraw"];
     directories.iter().any(|beginning| node.starts_with(beginning))
@@ -46,8 +46,8 @@ pub fn may_have(node: &str) -> bool {
 
 fn is_assigned(seat: &str, device: &Device) -> bool {
     let property = |name: &str| device.properties.get(name).map(String::as_str).filter(|value| !value.is_empty());
-    // TAGS also holds tags that the device no longer has; CURRENT_TAGS came with systemd 247.
-    let tags = property("CURRENT_TAGS").or(property("TAGS")).unwrap_or_default();
+    // TAGS also holds those that the device no longer has.
+    let tags = property("CURRENT_TAGS").unwrap_or_default();
     let is_listed = tags.split(':').any(|tag| matches!(tag, "seat" | "uaccess"));
     let is_unlisted = || UNLISTED.iter().any(|text| Pattern::parse(text).is_ok_and(|it| it.matches(&device.node)));
     device.number.kind == Kind::Char && property("ID_SEAT").unwrap_or(SEAT0) == seat && (is_listed || is_unlisted())
@@ -90,31 +90,32 @@ mod tests {
         let sound = [("ID_SEAT", "seat1"), ("CURRENT_TAGS", ":uaccess:seat1:")];
         for (device, seats) in [
             (tagged("/dev/snd/pcmC1D0p", &sound), &["seat1"][..]),
-            (tagged("/dev/snd/pcmC0D0p", &[("TAGS", ":uaccess:")]), &["seat0"]),
-            (tagged("/dev/dri/card0", &[("TAGS", ":master-of-seat:seat:uaccess:")]), &["seat0"]),
+            (tagged("/dev/snd/pcmC0D0p", &[("CURRENT_TAGS", ":uaccess:")]), &["seat0"]),
+            (tagged("/dev/dri/card0", &[("CURRENT_TAGS", ":master-of-seat:seat:uaccess:")]), &["seat0"]),
             (tagged("/dev/input/event3", &[("ID_SEAT", "seat1")]), &["seat1"]),
             (tagged("/dev/input/mouse0", &[("ID_SEAT", "")]), &["seat0"]),
             (tagged("/dev/dri/renderD128", &[("ID_SEAT", "seat1")]), &["seat1"]),
             (tagged("/dev/input/mice", &[]), &[]),
-            (tagged("/dev/ttyUSB0", &[("TAGS", ":systemd:")]), &[]),
+            (tagged("/dev/ttyUSB0", &[("CURRENT_TAGS", ":systemd:")]), &[]),
             (tagged("/dev/video0", &[("TAGS", ":uaccess:"), ("CURRENT_TAGS", ":systemd:")]), &[]),
-            (tagged("/dev/null", &[("TAGS", ":seats:useat:")]), &[]),
+            (tagged("/dev/video0", &[("TAGS", ":uaccess:")]), &[]),
+            (tagged("/dev/null", &[("CURRENT_TAGS", ":seats:useat:")]), &[]),
         ] {
             let all: Vec<_> = ["seat0", "seat1"].into_iter().filter(|seat| is_assigned(seat, &device)).collect();
             assert_eq!(all, seats, "{}", device.node);
         }
-        let mut disc = tagged("/dev/sr0", &[("TAGS", ":uaccess:")]);
+        let mut disc = tagged("/dev/sr0", &[("CURRENT_TAGS", ":uaccess:")]);
         disc.number.kind = Kind::Block;
         assert!(!is_assigned("seat0", &disc), "not what a seat's user mounts");
     }
 
     #[test]
     fn a_seat_brings_nothing_that_the_host_withholds() {
-        let reader = tagged("/dev/bus/usb/001/004", &[("TAGS", ":uaccess:")]);
+        let reader = tagged("/dev/bus/usb/001/004", &[("CURRENT_TAGS", ":uaccess:")]);
         let seat = |withheld| Seat { name: "seat0".into(), withheld };
         assert!(seat(vec![]).has(&reader));
-        assert!(!seat(Categories::default().withheld()).has(&reader));
-        let mut memory = tagged("/dev/mem", &[("TAGS", ":uaccess:")]);
+        assert!(!seat(Categories::default().sensitive()).has(&reader));
+        let mut memory = tagged("/dev/mem", &[("CURRENT_TAGS", ":uaccess:")]);
         (memory.number.major, memory.number.minor) = (1, 1);
         assert!(!seat(vec![]).has(&memory));
     }

@@ -61,20 +61,27 @@ pub fn device_count(spec: &Value) -> usize {
     spec.pointer("/linux/devices").and_then(Value::as_array).map_or(0, Vec::len)
 }
 
-/// The container's id, which podman puts at the end of `linux.cgroupsPath`: `machine.slice:libpod:ID`, or
-/// `/libpod_parent/libpod-ID`.
+/// The container's id: podman has it at the end of `linux.cgroupsPath` (`machine.slice:libpod:ID`,
+/// `/libpod_parent/libpod-ID`), and in the places of files that it mounts (`…/ID/userdata/hosts`).
 pub fn container_id(spec: &Value) -> Option<String> {
-    let path = spec.pointer("/linux/cgroupsPath")?.as_str()?;
-    let id = path.rsplit(['/', ':', '-']).next()?;
-    (id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| id.to_owned())
+    let is_id = |text: &&str| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let cgroup = spec.pointer("/linux/cgroupsPath").and_then(Value::as_str);
+    let in_cgroup = cgroup.and_then(|path| path.rsplit(['/', ':', '-']).next()).filter(is_id);
+    let in_mounts =
+        || mount_sources(spec).find_map(|source| source.split("/userdata/").next()?.rsplit('/').next().filter(is_id));
+    in_cgroup.or_else(in_mounts).map(str::to_owned)
+}
+
+fn mount_sources(spec: &Value) -> impl Iterator<Item = &str> {
+    let mounts = spec.get("mounts").and_then(Value::as_array).into_iter().flatten();
+    mounts.filter_map(|mount| mount.get("source")?.as_str())
 }
 
 /// Directories that have one of the container's own in them, judged by what is mounted from there.
 pub fn storage_directories(spec: &Value, id: &str) -> Vec<String> {
-    let mounts = spec.get("mounts").and_then(Value::as_array).into_iter().flatten();
-    let sources = mounts.filter_map(|mount| mount.get("source")?.as_str());
-    let mut found: Vec<String> =
-        sources.filter_map(|source| Some(source.split_once(&format!("/{id}/userdata/"))?.0.to_owned())).collect();
+    let mut found: Vec<String> = mount_sources(spec)
+        .filter_map(|source| Some(source.split_once(&format!("/{id}/userdata/"))?.0.to_owned()))
+        .collect();
     found.sort();
     found.dedup();
     found
@@ -307,6 +314,7 @@ mod tests {
             {"destination": "/proc"},
         ]});
         assert_eq!(storage_directories(&spec, id), ["/var/lib/containers/storage/overlay-containers"]);
+        assert_eq!(container_id(&spec).as_deref(), Some(id), "rootless podman names no cgroup");
     }
 
     #[test]

@@ -11,6 +11,14 @@ pub fn printable(text: &str) -> String {
         .collect()
 }
 
+/// At most 200 characters of a text, printable.
+pub fn excerpt(text: &str) -> String {
+    match text.char_indices().nth(200) {
+        Some((end, _)) => printable(&text[..end]) + "…",
+        None => printable(text),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

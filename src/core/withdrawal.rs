@@ -18,15 +18,17 @@ pub enum Presence<'a> {
 }
 
 /// Whether the right on a number that the specification names, with nodes at these paths, is to be withdrawn; `None`
-/// to leave it as it is. What no rule stands for is somebody else's wish (`--device`), and holds.
+/// to leave it as it is. What is not `known` to be by a rule (it was granted or is withdrawn already) and what no rule
+/// stands for is somebody else's wish (`--device`), and holds.
 pub fn is_due<'a>(
     rules: &[Rule],
     number: Number,
     paths: &[&str],
+    known: bool,
     presence: impl FnOnce() -> Presence<'a>,
 ) -> Option<bool> {
     let by_rule = |path: &&str| rules.iter().any(|rule| rule.may_stand_for(number, path));
-    if paths.is_empty() || !paths.iter().all(by_rule) {
+    if paths.is_empty() || !known && !paths.iter().all(by_rule) {
         return Some(false);
     }
     match presence() {
@@ -53,7 +55,7 @@ mod tests {
         let (stick, modem) = (device("/dev/ttyUSB0", 188, 0), device("/dev/ttyACM0", 166, 0));
         let keyboard = device("/dev/input/event3", 13, 67);
         let is_due =
-            |device: &Device, paths: &[&str], presence| super::is_due(&rules, device.number, paths, || presence);
+            |device: &Device, paths: &[&str], presence| super::is_due(&rules, device.number, paths, false, || presence);
         let here = Presence::Here;
 
         assert_eq!(is_due(&stick, &["/dev/ttyUSB0"], Presence::Gone), Some(true));
@@ -64,6 +66,10 @@ mod tests {
         assert_eq!(is_due(&modem, &["/dev/ttyACM0"], Presence::Gone), Some(false));
         assert_eq!(is_due(&modem, &["/dev/ttyUSB0"], here(&modem)), Some(false), "--device=/dev/ttyACM0:/dev/ttyUSB0");
         assert_eq!(is_due(&stick, &[], Presence::Gone), Some(false));
+        // What was a rule's stays so when the rule is gone, as by a changed configuration.
+        for (presence, due) in [(Presence::Gone, Some(true)), (here(&stick), Some(true)), (here(&modem), Some(false))] {
+            assert_eq!(super::is_due(&[], stick.number, &["/dev/ttyUSB0"], true, || presence), due);
+        }
         // It has moved to another seat.
         assert_eq!(is_due(&keyboard, &["/dev/input/event3"], here(&keyboard)), Some(false));
         let mut moved = keyboard.clone();

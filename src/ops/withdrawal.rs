@@ -9,12 +9,15 @@ use crate::sys::process::is_gone;
 impl Executor {
     /// Withdraws a container's right; what is withdrawn already stays so. Written down before the act, as grants are.
     pub fn withdraw(&mut self, holder: &Holder, number: Number) -> Result<()> {
-        let withdrawal = Withdrawal { holder: holder.clone(), number };
-        if !self.is_withdrawn(holder, number) {
-            self.ledger.withdraw(&withdrawal)?;
-            tracing::info!(container = holder.label(), device = %number, "withdrawn, since the device is unplugged");
+        let is_new = !self.is_withdrawn(holder, number);
+        if is_new {
+            self.ledger.withdraw(&Withdrawal { holder: holder.clone(), number })?;
         }
-        self.set_withdrawn(holder.cgroup_id, number, Withdrawal::ACCESS)
+        self.set_withdrawn(holder.cgroup_id, number, Withdrawal::ACCESS)?;
+        if is_new {
+            tracing::info!(container = holder.label(), device = %number, "withdrawn what it had from its start");
+        }
+        Ok(())
     }
 
     /// Lets a withdrawn right hold again.

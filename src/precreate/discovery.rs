@@ -33,11 +33,8 @@ impl Discovery for Host {
     fn devices(&self, rule: &Rule) -> io::Result<Found> {
         let devices = match rule {
             Rule::Category(category) => devfs::nodes(category),
-            Rule::Seat(_) => {
-                let mut devices: Vec<_> =
-                    udev::scan()?.iter().filter(|device| rule.matches(device)).map(SpecDevice::from).collect();
-                devices.sort_by(|a, b| a.path.cmp(&b.path));
-                devices
+            Rule::Seat(seat) => {
+                udev::scan_seats()?.iter().filter(|device| seat.has(device)).map(SpecDevice::from).collect()
             }
         };
         let mut found = Found::default();
@@ -52,14 +49,17 @@ impl Discovery for Host {
 }
 
 fn reason_to_withhold(device: &SpecDevice) -> Option<String> {
-    // In a user namespace, where an ordinary user's container is, its own rights on the node are all that counts; and a
-    // node of which it has none may not even be mounted.
-    if !rustix::process::geteuid().is_root() && access(&device.path, Access::READ_OK | Access::WRITE_OK).is_err() {
+    if !devfs::is_where_it_belongs(device) {
+        return Some("the kernel gives its numbers another name".into());
+    }
+    // For an ordinary user's container, in a user namespace where the hook seems to be root, that user's rights on the
+    // node are all that counts. Root has them.
+    if access(&device.path, Access::READ_OK | Access::WRITE_OK).is_err() {
         return Some("this user may not open it".into());
     }
     match device.number.kind {
         Kind::Char => None,
-        Kind::Block => block::in_use(&device.path, &format!("{}:{}", device.number.major, device.number.minor)),
+        Kind::Block => block::in_use(&device.path, device.number),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The log file of containers/qm's hooks, in their format, because their users look there.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -44,10 +44,17 @@ impl Log {
 
     /// Appends the lines to the file. Where that fails the journal has the same; a container does not wait for it.
     pub fn write(&self) {
-        let file =
-            File::options().append(true).create(true).mode(0o644).custom_flags(libc::O_NOFOLLOW).open(&self.path);
-        if let Err(error) = file.and_then(|mut file| file.write_all(self.lines.as_bytes())) {
-            tracing::debug!("cannot write to {}: {error}", self.path.display());
+        if let Err(error) = self.append() {
+            tracing::warn!("cannot write to {}: {error}", self.path.display());
         }
+    }
+
+    fn append(&self) -> io::Result<()> {
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let mut file = File::options().append(true).create(true).mode(0o644).custom_flags(flags).open(&self.path)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("it is no regular file"));
+        }
+        file.write_all(self.lines.as_bytes())
     }
 }

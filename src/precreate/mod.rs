@@ -166,7 +166,11 @@ fn grant(
     spec::check(spec)?;
     let container = label(spec);
     log.info(&format!("Processing QM device annotations of container {container}"));
-    let categories = config::categories();
+    let (categories, problems) = config::categories();
+    for problem in problems {
+        tracing::warn!(container, "passed over: {problem}");
+        log.warning(&format!("Passing over {problem}"));
+    }
     let mut changed = false;
     for (key, value) in asked {
         let rule = match value_of(key, value, &categories) {

@@ -160,8 +160,15 @@ fn under_the_name_of_a_hook_only_its_annotations_count() {
 #[test]
 fn a_log_that_cannot_be_written_is_no_reason_to_fail() {
     let text = annotated(r#""org.containers.qm.device.ttyUSB":"true""#);
-    let around = Surroundings { discovery: &Two, log: Some("/nonexistent/directory/log".into()) };
-    let mut output = Vec::new();
-    run(None, &around, &mut text.as_bytes(), &mut output).unwrap();
-    assert!(String::from_utf8(output).unwrap().contains("/dev/ttyUSB0"));
+    let directory = tempfile::tempdir().unwrap();
+    let (fifo, link) = (directory.path().join("fifo"), directory.path().join("link"));
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    std::os::unix::fs::symlink("elsewhere", &link).unwrap();
+    for log in ["/nonexistent/directory/log".into(), fifo, link] {
+        let around = Surroundings { discovery: &Two, log: Some(log) };
+        let mut output = Vec::new();
+        run(None, &around, &mut text.as_bytes(), &mut output).unwrap();
+        assert!(String::from_utf8(output).unwrap().contains("/dev/ttyUSB0"));
+    }
+    assert!(!directory.path().join("elsewhere").exists());
 }

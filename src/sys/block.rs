@@ -3,23 +3,34 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-/// Why the device with this node and `/sys/dev/block` name (`8:1`) must not be given away, in words. It, its parent, a
+use crate::core::device::Number;
+
+/// How often it is looked whether a program holds a device.
+const LOOKS: usize = 5;
+
+/// Why the device must not be given away, in words. It, its parent, a
 /// partition or a holder is mounted or is swap space, or somebody holds it: then opening it with `O_EXCL` fails.
-pub fn in_use(node: &str, number: &str) -> Option<String> {
+pub fn in_use(node: &str, number: Number) -> Option<String> {
     let used = in_use_by_host();
-    let family = family(&Path::new("/sys/dev/block").join(number));
+    let family = family(&Path::new("/sys/dev/block").join(format!("{}:{}", number.major, number.minor)));
     if let Some((_, what)) = used.iter().find(|(number, _)| family.contains(number)) {
         return Some(what.clone());
     }
-    match rustix::fs::open(node, OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()) {
-        Err(Errno::BUSY) => Some("another program holds it".into()),
-        // An empty drive, say, is nobody's.
-        _ => None,
+    // Others look in the same way, hooks of other containers for one: they let go at once.
+    for _ in 0..LOOKS {
+        let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        match rustix::fs::open(node, flags, Mode::empty()) {
+            Err(Errno::BUSY) => std::thread::sleep(Duration::from_millis(2)),
+            // Other errors too: an empty drive, say, is nobody's.
+            _ => return None,
+        }
     }
+    Some("another program holds it".into())
 }
 
 /// Numbers of the block devices that are mounted or are swap space, with words for each.

@@ -1,9 +1,10 @@
-//! The host's `/dev`, read directly: what the hook needs, without libudev.
+//! The host's `/dev`, read directly.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
 use crate::core::category::{Category, is_forbidden};
+use crate::core::device::{Kind, Number};
 use crate::core::pattern::Pattern;
 use crate::core::spec::SpecDevice;
 use crate::sys::node::number_of;
@@ -26,6 +27,24 @@ pub fn nodes(category: &Category) -> Vec<SpecDevice> {
     found.sort_by(|a, b| a.path.cmp(&b.path));
     found.dedup_by(|a, b| a.path == b.path);
     found
+}
+
+/// Whether the kernel, or a module's description, knows the node's numbers by this path. Who can make links below `/dev`
+/// (a container that has the host's) could lay any device into any category else.
+pub fn is_where_it_belongs(device: &SpecDevice) -> bool {
+    let Some(name) = device.path.strip_prefix("/dev/") else { return false };
+    let (kind, letter) = if device.number.kind == Kind::Block { ("block", 'b') } else { ("char", 'c') };
+    let Number { major, minor, .. } = device.number;
+    match std::fs::read_to_string(format!("/sys/dev/{kind}/{major}:{minor}/uevent")) {
+        Ok(uevent) => uevent.lines().any(|line| line.strip_prefix("DEVNAME=") == Some(name)),
+        // Its module is not loaded; depmod(8) has written down what would be.
+        Err(_) => {
+            let release = rustix::system::uname().release().to_string_lossy().into_owned();
+            let nodes = std::fs::read_to_string(format!("/lib/modules/{release}/modules.devname")).unwrap_or_default();
+            let known = format!(" {name} {letter}{major}:{minor}");
+            nodes.lines().any(|line| line.ends_with(&known))
+        }
+    }
 }
 
 fn visit(directory: &Path, deep: bool, seen: &mut impl FnMut(&str)) {

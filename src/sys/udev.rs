@@ -24,7 +24,22 @@ pub fn is_running() -> bool {
 /// Every device of this host that has a node. While udevd runs, those whose rules it has not applied yet are left out:
 /// their owner and mode are not final, and their event is still to come.
 pub fn scan() -> io::Result<Vec<Device>> {
+    list(|_| Ok(()))
+}
+
+/// Those of [`scan`] that can belong to a seat, sorted by path: a tenth of the time, for the hook.
+pub fn scan_seats() -> io::Result<Vec<Device>> {
+    let mut devices = list(|all| all.match_tag("seat"))?;
+    devices.extend(list(|all| all.match_tag("uaccess"))?);
+    devices.extend(list(|all| ["input", "drm"].into_iter().try_for_each(|subsystem| all.match_subsystem(subsystem)))?);
+    devices.sort_by(|a, b| a.node.cmp(&b.node));
+    devices.dedup_by(|a, b| a.node == b.node);
+    Ok(devices)
+}
+
+fn list(narrow: impl Fn(&mut Enumerator) -> io::Result<()>) -> io::Result<Vec<Device>> {
     let mut enumerator = Enumerator::new()?;
+    narrow(&mut enumerator)?;
     let all = enumerator.scan_devices()?;
     let has_udevd = is_running();
     Ok(all.filter(|device| !has_udevd || device.is_initialized()).filter_map(|device| owned(&device)).collect())

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use qm_hotplug::core::device::Number;
 use qm_hotplug::sys::block::in_use;
 
 use crate::support::run;
@@ -36,13 +37,12 @@ impl Drop for Disk {
     }
 }
 
-fn number(node: &str) -> String {
-    let stat = rustix::fs::stat(node).unwrap();
-    format!("{}:{}", rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev))
+fn number(node: &str) -> Number {
+    qm_hotplug::sys::node::number_of(&rustix::fs::stat(node).unwrap()).unwrap()
 }
 
 fn why(node: &str) -> String {
-    in_use(node, &number(node)).unwrap_or_default()
+    in_use(node, number(node)).unwrap_or_default()
 }
 
 fn a_free_disk_is_free_and_one_in_use_is_not() {
