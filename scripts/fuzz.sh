@@ -45,7 +45,7 @@ build() {
     # The flags are for the target alone: what runs while building has nothing to count with.
     host=$(rustc -vV | sed -n 's/^host: //p')
     (cd "$root/tests/fuzz" && RUSTFLAGS=$(tr -s ' \n' ' ' <<<"$counters") CARGO_TARGET_DIR=$directory \
-        cargo build --release --locked --target "$host") >&2 || die "the build failed (cargo's output is above)"
+        cargo build --release --target "$host") >&2 || die "the build failed (cargo's output is above)"
 }
 
 # fuzz TARGET SECONDS

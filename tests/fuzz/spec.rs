@@ -13,8 +13,10 @@ use serde_json::{Map, Value, json};
 
 fuzz_target!(|input: &[u8]| {
     let Ok(output) = hook(None, input) else { return };
+    // What has nothing of ours in it is passed on without being read as a whole, so it may be no JSON after all.
+    let Ok(before) = serde_json::from_slice(input) else { return assert_eq!(text(&output), text(input)) };
     if output != input {
-        assert_only_devices_differ(&parsed(input), &parsed(&output));
+        assert_only_devices_differ(&before, &serde_json::from_slice(&output).unwrap());
     }
     assert_eq!(text(&hook(None, &output).unwrap()), text(&output), "a second time nothing changes");
     let in_turn = hook(Some(&WAYLAND_CLIENT), &hook(Some(&DEVICE_MANAGER), input).unwrap()).unwrap();
@@ -71,14 +73,16 @@ fn assert_only_devices_differ(before: &Value, after: &Value) {
     }
     for (path, minor) in STICKS {
         let node = new.iter().find(|node| node.get("path").is_some_and(|it| it == path));
-        assert!(node.is_some_and(|node| has_numbers(node, minor)), "{path} is not there");
+        assert!(node.is_some_and(|node| has_numbers(node, minor)), "{path} is not in {new:?}");
     }
 }
 
-/// Whether it is a character device of the sticks' driver.
+/// Whether it is a character device of the sticks' driver. The type's first letter counts, or its code.
 fn has_numbers(entry: &Value, minor: u32) -> bool {
-    let kind = entry["type"].as_str().unwrap_or_default();
-    ["c", "u"].contains(&kind) && entry["major"] == 188 && entry["minor"] == minor
+    let kind = &entry["type"];
+    let letter = kind.as_str().and_then(|text| text.bytes().next()).map(u64::from).or(kind.as_u64());
+    letter.is_some_and(|letter| b"cu".map(u64::from).contains(&letter))
+        && (entry["major"].as_u64(), entry["minor"].as_u64()) == (Some(188), Some(minor.into()))
 }
 
 fn without_numbers(node: &Value) -> Value {
@@ -111,10 +115,6 @@ fn put(parent: &mut Map<String, Value>, key: &str, value: Map<String, Value>) {
 
 fn list<'a>(spec: &'a Value, pointer: &str) -> &'a [Value] {
     spec.pointer(pointer).and_then(Value::as_array).map_or(&[], Vec::as_slice)
-}
-
-fn parsed(text: &[u8]) -> Value {
-    serde_json::from_slice(text).unwrap()
 }
 
 /// For messages.
