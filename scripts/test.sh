@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests, as root: all tiers, or those that are named.
-#   sudo scripts/test.sh [TIER...]             tiers: style unit kernel runtime readme bookworm trixie; lab is both of the last
+#   sudo scripts/test.sh [TIER...]             tiers: style unit fuzz kernel runtime readme bookworm trixie; lab is both of the last
 #   sudo SKIP="lab" scripts/test.sh            all but these
 # Installs the Debian packages that are missing. A tier that cannot run fails. The last line is the sum of all tests.
 set -euo pipefail
@@ -12,25 +12,26 @@ source "$here/common.sh"
 # shellcheck source=scripts/rust.sh
 source "$here/rust.sh"
 
-all_tiers=(style unit kernel runtime readme bookworm trixie)
+all_tiers=(style unit fuzz kernel runtime readme bookworm trixie)
 
 # How long a tier may take, in seconds: one that hangs is ended and counts as failed. The first run builds the lab's image.
-declare -A limit=([style]=900 [unit]=900 [kernel]=600 [runtime]=900 [readme]=900 [bookworm]=1500 [trixie]=1500)
+declare -A limit=([style]=900 [unit]=900 [fuzz]=900 [kernel]=600 [runtime]=900 [readme]=900 [bookworm]=1500 [trixie]=1500)
 
 # --- the tiers; each prints what its tools print ---
 
 tier_style() {
     local failed=0 passed=0
     check cargo fmt --check
-    check cargo clippy --locked --all-targets -- -D warnings
+    check cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
+    check cargo clippy --locked --all-targets --features mock-devices -- -D warnings
     local script
-    for script in scripts/*.sh scripts/lab/*.sh .ci/run; do
+    for script in scripts/*.sh scripts/lab/*.sh tests/bench/*.sh .ci/run; do
         check bash -n "$script"
     done
     check unit_is_valid
     # Not a dependency: it is run where a developer has it.
     if command -v shellcheck >/dev/null; then
-        check shellcheck --severity=warning --external-sources scripts/*.sh scripts/lab/*.sh .ci/run
+        check shellcheck --severity=warning --external-sources scripts/*.sh scripts/lab/*.sh tests/bench/*.sh .ci/run
     fi
     echo "test result: style. $passed passed; $failed failed"
     [[ $failed -eq 0 ]]
@@ -65,8 +66,14 @@ unit_is_valid() {
     return "$status"
 }
 
+# With the feature: the mock hook is tested here, and ships nowhere.
 tier_unit() {
-    cargo test --locked
+    cargo test --locked --features mock-devices
+}
+
+# Coverage-guided, for a short while; `scripts/fuzz.sh 300` looks longer.
+tier_fuzz() {
+    bash scripts/fuzz.sh 20
 }
 
 tier_kernel() {
@@ -149,6 +156,7 @@ prepare() {
     for tier in "$@"; do
         case $tier in
         style) packages+=(systemd) ;;
+        fuzz) packages+=(g++) ;;
         kernel) packages+=(iproute2 busybox-static) ;;
         runtime | readme) packages+=(podman runc crun conmon busybox-static udev kmod iproute2) ;;
         bookworm | trixie) ;; # scripts/lab.sh knows what it needs

@@ -4,13 +4,14 @@ use std::time::{Duration, Instant};
 
 /// Durations of one thing, sorted.
 pub struct Figure {
-    name: &'static str,
+    name: String,
     times: Vec<Duration>,
-    target: &'static str,
+    target: String,
 }
 
 impl Figure {
-    pub fn new(name: &'static str, mut times: Vec<Duration>, target: &'static str) -> Figure {
+    pub fn new(name: impl Into<String>, mut times: Vec<Duration>, target: impl Into<String>) -> Figure {
+        let (name, target) = (name.into(), target.into());
         assert!(!times.is_empty(), "{name}: nothing was measured");
         times.sort();
         Figure { name, times, target }
@@ -22,7 +23,7 @@ impl Figure {
 
     pub fn print(&self) {
         let at = |part: f64| text(self.times[((self.times.len() - 1) as f64 * part).round() as usize]);
-        let name = self.name;
+        let name = &self.name;
         println!(
             "{name:<56} {:>9} {:>9} {:>9} {:>9} {:>5}  {}",
             at(0.5),
@@ -41,6 +42,13 @@ fn text(time: Duration) -> String {
         nanos @ 10_000..10_000_000 => format!("{} µs", nanos / 1000),
         nanos => format!("{} ms", nanos / 1_000_000),
     }
+}
+
+/// The value in the middle.
+pub fn median(times: &[Duration]) -> Duration {
+    let mut times = times.to_vec();
+    times.sort();
+    times[(times.len() - 1) / 2]
 }
 
 /// Times single runs.

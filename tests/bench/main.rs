@@ -1,6 +1,7 @@
 //! The figures: how long each part of the main job takes on this kernel, beside what people do today.
 //!
-//! `cargo bench --bench figures` as root prints them; `-- filter`, `-- commands` or `-- events` prints that part alone.
+//! `cargo bench --bench figures` as root prints them; `-- filter`, `-- hook`, `-- commands` or `-- events` prints
+//! that part alone.
 //! Nothing is asserted: a machine's speed is no fact about the program.
 
 #[path = "../support/mod.rs"]
@@ -8,6 +9,7 @@ mod support;
 
 mod figure;
 mod filter;
+mod hook;
 mod probe;
 
 use std::time::{Duration, Instant};
@@ -34,7 +36,8 @@ fn main() {
     }
     support::enter();
     Figure::print_header();
-    let parts: [(&str, Part); 3] = [("filter", filter::figures), ("commands", commands), ("events", events)];
+    let parts: [(&str, Part); 4] =
+        [("filter", filter::figures), ("hook", hook::figures), ("commands", commands), ("events", events)];
     let named = |name: &str| arguments.iter().any(|argument| argument == name);
     let is_all = !parts.iter().any(|(name, _)| named(name));
     for (_, figures) in parts.iter().filter(|(name, _)| is_all || named(name)) {
