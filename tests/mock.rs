@@ -134,7 +134,8 @@ fn a_seat_has_the_input_devices_and_the_gpus() {
     let mut expected = [event.as_str(), card.as_str()];
     let edited = rig.edited(&spec);
     let mut found = paths(&edited);
-    (expected.sort(), found.sort());
+    expected.sort();
+    found.sort();
     assert_eq!(found, expected);
 }
 

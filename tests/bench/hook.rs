@@ -116,13 +116,17 @@ fn output(program: &str, arguments: &[&str], input: &Path) -> (Duration, Vec<u8>
     (time, output.stdout)
 }
 
-/// A `/dev` with as many devices of the categories, and a `/var/log` that nobody keeps. Gone when dropped.
+/// What [`Host`] replaces.
+const PLACES: [&str; 3] = ["/dev", "/sys/dev/char", "/var/log"];
+
+/// A `/dev` with as many devices of the categories, what the kernel says of them, and a `/var/log` that nobody keeps.
+/// Gone when dropped.
 struct Host;
 
 impl Host {
     fn with(devices: usize) -> Host {
-        for (place, options) in [("/dev", "mode=0755"), ("/var/log", "mode=0755")] {
-            mount(Some("none"), place, Some("tmpfs"), MsFlags::empty(), Some(options)).unwrap();
+        for place in PLACES {
+            mount(Some("none"), place, Some("tmpfs"), MsFlags::empty(), Some("mode=0755")).unwrap();
         }
         std::fs::create_dir("/dev/shm").unwrap();
         std::os::unix::fs::symlink("/proc/self/fd", "/dev/fd").unwrap();
@@ -145,7 +149,7 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        for place in ["/dev", "/var/log"] {
+        for place in PLACES {
             umount2(place, MntFlags::MNT_DETACH).unwrap();
         }
     }
@@ -162,4 +166,8 @@ fn node(name: &str, major: u32, minor: u32) {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     let mode = Mode::from_raw_mode(0o666);
     mknodat(rustix::fs::CWD, &path, FileType::CharacterDevice, mode, makedev(major, minor)).unwrap();
+    let known = format!("/sys/dev/char/{major}:{minor}");
+    // Some of what is nobody's business has numbers twice.
+    std::fs::create_dir_all(&known).unwrap();
+    std::fs::write(format!("{known}/uevent"), format!("MAJOR={major}\nMINOR={minor}\nDEVNAME={name}\n")).unwrap();
 }
