@@ -49,6 +49,7 @@ fi
 
 program=$destdir$prefix/bin/qm-hotplug
 hook=$destdir$prefix/share/containers/oci/hooks.d/qm-hotplug.json
+hook_links=$destdir$prefix/libexec/oci/hooks.d
 unit=$destdir$prefix/lib/systemd/system/qm-hotplug.service
 
 # Whether this is about the running system, systemd runs it, and looks for units there.
@@ -99,6 +100,10 @@ install_all() {
 uninstall_all() {
     # The hook first: no container is started through a program that is about to go.
     rm -f "$hook"
+    # Links by which it acts as a hook of containers/qm: an engine that finds them dangling starts nothing.
+    if [[ -d $hook_links ]]; then
+        find "$hook_links" -maxdepth 1 -type l -name 'oci-qm-*' -lname "$prefix/bin/qm-hotplug" -delete
+    fi
     if has_systemd && [[ -e $unit ]]; then
         systemctl disable --now --quiet qm-hotplug.service
     fi

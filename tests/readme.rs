@@ -351,6 +351,10 @@ fn uninstall_takes_everything_out() {
     let directory = tempfile::tempdir().unwrap();
     let prefix = directory.path().to_str().unwrap();
     install(&["--prefix", prefix, "--binary", BINARY]).ok();
+    let hooks = directory.path().join("libexec/oci/hooks.d");
+    std::fs::create_dir_all(&hooks).unwrap();
+    std::os::unix::fs::symlink(format!("{prefix}/bin/qm-hotplug"), hooks.join("oci-qm-device-manager")).unwrap();
+    std::os::unix::fs::symlink("elsewhere", hooks.join("oci-qm-other")).unwrap();
     let container = Container::start("runc", "full", &[]);
     support::qm(&["attach", "full", "/dev/tty21"]).ok();
     let agent = Agent::start();
@@ -362,13 +366,16 @@ fn uninstall_takes_everything_out() {
     install(&["--prefix", prefix, "--uninstall"]).ok();
     assert!(container.sh("test -e /dev/tty21").code != 0);
     assert_nothing_left();
+    assert!(!hooks.join("oci-qm-device-manager").is_symlink(), "a link to what is gone");
+    assert!(hooks.join("oci-qm-other").is_symlink(), "somebody else's");
+    std::fs::remove_file(hooks.join("oci-qm-other")).unwrap();
     assert_eq!(files_below(directory.path()), [""; 0]);
     assert_eq!(std::fs::read_dir("/run/qm-hotplug").map_or(0, Iterator::count), 0);
     install(&["--prefix", prefix, "--uninstall"]).ok();
 }
 
 fn scripts_say_what_they_need() {
-    for script in ["scripts/demo.sh", "scripts/test.sh", "scripts/install.sh"] {
+    for script in ["scripts/demo.sh", "scripts/test.sh", "scripts/install.sh", "scripts/bench.sh"] {
         let said = run("setpriv", &["--reuid=65534", "--regid=65534", "--clear-groups", "bash", script]);
         assert_eq!(said.code, 1, "{said:?}");
         assert!(said.stderr.contains("needs root: ") && said.stderr.lines().count() == 1, "{said:?}");
