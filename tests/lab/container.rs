@@ -148,10 +148,10 @@ impl<'vm> Container<'vm> {
         opened
     }
 
-    /// Opens devices as a program that the container's own user starts, by `podman exec`. `how` is a redirection.
+    /// Opens devices as a program that the container's own user starts, by `podman exec`.
     #[track_caller]
-    pub(crate) fn open_by_exec(&self, how: &str, paths: &[&str]) -> Vec<String> {
-        let results = self.vm.ok(&format!("podman exec {} {}", self.name, open_script(how, paths)));
+    pub(crate) fn open_by_exec(&self, paths: &[&str]) -> Vec<String> {
+        let results = self.vm.ok(&format!("podman exec {} {}", self.name, open_script("<>", paths)));
         let results: Vec<String> = results.lines().map(why).collect();
         assert_eq!(results.len(), paths.len(), "{}: {results:?}", self.name);
         results

@@ -5,8 +5,7 @@ use serde_json::json;
 use crate::Case;
 use crate::container::Container;
 use crate::everything::{Node, nodes_of_host};
-use crate::hook::{LOG, TUN, logged, nothing_else_opens};
-use crate::install::Installed;
+use crate::hook::{LOG, Packaged, TUN, logged, nothing_else_opens};
 use crate::vm::{Plugged, SECONDS_10, Vm};
 
 pub(crate) const CASES: &[Case] = &[("enable::a_host_enables_categories", a_host_enables_categories)];
@@ -125,7 +124,7 @@ impl Drop for Disks<'_> {
 }
 
 fn a_host_enables_categories(vm: &Vm) {
-    let _installed = Installed::new(vm);
+    let _installed = Packaged::install(vm);
     let _keyboard = vm.plug("keyboard", "usb-kbd", json!({}));
     let disks = Disks::make(vm);
     let asks: String = ASKED.map(|name| format!("--annotation org.containers.qm.device.{name}=true ")).concat();
@@ -147,8 +146,8 @@ fn a_host_enables_categories(vm: &Vm) {
     let (used, expected): (Vec<Node>, Vec<Node>) =
         all.into_iter().partition(|node| disks.used.iter().any(|(path, _)| *path == node.path));
     assert_eq!(used.len(), disks.used.len());
-    for path in disks.free.iter().map(String::as_str).chain(["/dev/uinput", "/dev/bus/usb/001/002", "/dev/ttyS1"]) {
-        assert!(expected.iter().any(|node| node.path == path), "the host has no {path}: {expected:?}");
+    for path in disks.free.iter().map(String::as_str).chain(["/dev/uinput", "/dev/bus/usb/001/", "/dev/ttyS1"]) {
+        assert!(expected.iter().any(|node| node.path.starts_with(path)), "the host has no {path}: {expected:?}");
     }
     for container in &on {
         assert_eq!(container.nodes(), expected, "{}", container.name);

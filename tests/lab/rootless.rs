@@ -5,8 +5,7 @@ use serde_json::Value;
 use crate::Case;
 use crate::container::{open_script, why};
 use crate::everything::nodes_seen;
-use crate::hook::journal;
-use crate::install::Installed;
+use crate::hook::{Packaged, journal};
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
 use crate::vm::Vm;
 
@@ -67,7 +66,7 @@ impl Drop for User<'_> {
 }
 
 fn a_user_gets_what_it_may_open(vm: &Vm) {
-    let _installed = Installed::new(vm);
+    let _installed = Packaged::install(vm);
     let _sticks = [("LAB1", "/dev/ttyUSB0"), ("LAB2", "/dev/ttyUSB1"), ("LAB3", "/dev/ttyUSB2")]
         .map(|(name, path)| plug_stick(vm, name, path));
     let user = User::add(vm);
