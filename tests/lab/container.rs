@@ -1,5 +1,6 @@
 //! Podman containers in the guest, without images and without a network.
 
+use crate::everything::{Node, nodes_seen};
 use crate::vm::{SECONDS_10, Vm};
 
 /// The runtimes that both Debian releases have under Podman.
@@ -132,6 +133,34 @@ impl<'vm> Container<'vm> {
         let opened = self.open(path);
         self.vm.ok(&self.outside(&format!("rm {path}")));
         opened
+    }
+
+    /// [`Container::open_by_hand`] for several numbers in one go.
+    #[track_caller]
+    pub(crate) fn open_all_by_hand(&self, numbers: &[&str]) -> Vec<String> {
+        let paths: Vec<String> = (0..numbers.len()).map(|n| format!("/dev/by-hand{n}")).collect();
+        let make: String =
+            paths.iter().zip(numbers).map(|(path, numbers)| format!("mknod {path} {numbers}; ")).collect();
+        self.vm.ok(&self.outside(&format!("sh -ec '{make}'")));
+        let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+        let opened = self.open_all(&paths);
+        self.vm.ok(&self.outside(&format!("rm {}", paths.join(" "))));
+        opened
+    }
+
+    /// Opens devices as a program that the container's own user starts, by `podman exec`.
+    #[track_caller]
+    pub(crate) fn open_by_exec(&self, paths: &[&str]) -> Vec<String> {
+        let results = self.vm.ok(&format!("podman exec {} {}", self.name, open_script("<>", paths)));
+        let results: Vec<String> = results.lines().map(why).collect();
+        assert_eq!(results.len(), paths.len(), "{}: {results:?}", self.name);
+        results
+    }
+
+    /// The device nodes that it has beyond those that every container has, sorted by path.
+    #[track_caller]
+    pub(crate) fn nodes(&self) -> Vec<Node> {
+        nodes_seen(self.vm, |command| self.outside(command))
     }
 
     /// The cgroup of its first process, below the root of cgroups. Its runtime's filter is there.

@@ -17,11 +17,11 @@ const FILES: [&str; 3] = [
 ];
 
 /// The installation; uninstalled on drop.
-struct Installed<'vm>(&'vm Vm);
+pub(crate) struct Installed<'vm>(&'vm Vm);
 
 impl<'vm> Installed<'vm> {
     #[track_caller]
-    fn new(vm: &'vm Vm) -> Self {
+    pub(crate) fn new(vm: &'vm Vm) -> Self {
         let installed = Self(vm);
         vm.ok("/mnt/repo/scripts/install.sh --binary /usr/local/bin/qm-hotplug");
         installed

@@ -9,10 +9,15 @@ mod agent;
 mod channel;
 mod container;
 mod demo;
+mod enable;
+mod everything;
+mod hook;
 mod install;
 mod nested;
 mod plug;
 mod qmp;
+mod rootless;
+mod seat;
 mod smoke;
 mod survive;
 mod vm;
@@ -31,7 +36,20 @@ pub(crate) type Case = (&'static str, fn(&Vm));
 
 /// Every case of the tier. A new file of cases is added here.
 fn cases() -> impl Iterator<Item = Case> {
-    [smoke::CASES, plug::CASES, survive::CASES, nested::CASES, install::CASES, demo::CASES].concat().into_iter()
+    [
+        smoke::CASES,
+        plug::CASES,
+        survive::CASES,
+        nested::CASES,
+        install::CASES,
+        demo::CASES,
+        hook::CASES,
+        enable::CASES,
+        seat::CASES,
+        rootless::CASES,
+    ]
+    .concat()
+    .into_iter()
 }
 
 fn main() -> ExitCode {

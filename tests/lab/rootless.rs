@@ -1,0 +1,113 @@
+//! Containers of an ordinary user: the hook runs as that user, and grants what the user may open.
+
+use serde_json::Value;
+
+use crate::Case;
+use crate::container::{open_script, why};
+use crate::everything::nodes_seen;
+use crate::hook::{Packaged, journal};
+use crate::plug::{ASKS_FOR_STICKS, plug_stick};
+use crate::vm::Vm;
+
+pub(crate) const CASES: &[Case] = &[("rootless::a_user_gets_what_it_may_open", a_user_gets_what_it_may_open)];
+
+/// A member of dialout, with a runtime directory; gone on drop, with all that runs as this user.
+struct User<'vm>(&'vm Vm);
+
+impl<'vm> User<'vm> {
+    /// What precedes a command of Podman. There is no systemd of the user, as PAM's module for it is not installed.
+    const PODMAN: &'static str = "cd /home/lab && runuser -u lab -- env HOME=/home/lab XDG_RUNTIME_DIR=/run/user/1000 \
+         podman --log-level=error --cgroup-manager=cgroupfs";
+
+    #[track_caller]
+    fn add(vm: &'vm Vm) -> Self {
+        let user = Self(vm);
+        vm.ok("useradd --create-home --uid 1000 --groups dialout lab && \
+               install -d -m 700 -o lab -g lab /run/user/1000");
+        user
+    }
+
+    /// Starts a container, with further arguments.
+    #[track_caller]
+    fn run(&self, runtime: &str, name: &str, arguments: &str) {
+        self.0.ok(&format!(
+            "lab-rootfs /home/lab/{name} && chown -R lab:lab /home/lab/{name} && \
+             {} --runtime {runtime} run -d --name {name} --network=none {arguments} --rootfs /home/lab/{name} \
+             sleep 100000",
+            Self::PODMAN,
+        ));
+    }
+
+    /// A script line that runs a command in a container.
+    fn inside(name: &str, command: &str) -> String {
+        format!("({} exec {name} {command})", Self::PODMAN)
+    }
+
+    #[track_caller]
+    fn open_all(&self, name: &str, paths: &[&str]) -> Vec<String> {
+        self.0.ok(&Self::inside(name, &open_script("<>", paths))).lines().map(why).collect()
+    }
+}
+
+impl Drop for User<'_> {
+    fn drop(&mut self) {
+        let podman = Self::PODMAN;
+        self.0.sh(&format!(
+            "({podman} rm --force --all --time 0); runuser -u lab -- sh -c 'kill -KILL -1'; \
+             umount --recursive /run/user/1000; rm -rf --one-file-system /run/user/1000"
+        ));
+        // It may take the kernel a moment to end what was killed.
+        self.0.wait_ok(
+            "the user to be gone",
+            crate::vm::SECONDS_10,
+            "userdel --remove lab 2>/dev/null; ! id lab 2>/dev/null",
+        );
+    }
+}
+
+fn a_user_gets_what_it_may_open(vm: &Vm) {
+    let _installed = Packaged::install(vm);
+    let _sticks = [("LAB1", "/dev/ttyUSB0"), ("LAB2", "/dev/ttyUSB1"), ("LAB3", "/dev/ttyUSB2")]
+        .map(|(name, path)| plug_stick(vm, name, path));
+    let user = User::add(vm);
+    // The first is for the user's group, the second for root alone, the third is the user's own.
+    vm.ok("udevadm settle; chown root:root /dev/ttyUSB1; chown lab /dev/ttyUSB2");
+
+    let asks = format!("{ASKS_FOR_STICKS} --annotation org.containers.qm.device.fuse=true");
+    user.run("crun", "user-crun", &format!("{asks} --group-add keep-groups"));
+    // With the directory of hooks named, and without the user's groups: runc cannot keep them.
+    vm.ok("chown root:root /dev/ttyUSB0");
+    user.run("runc", "user-runc", &format!("--annotation org.containers.qm.device.audio=true {asks}"));
+
+    for (name, granted, withheld) in [
+        ("user-crun", &["/dev/fuse", "/dev/ttyUSB0", "/dev/ttyUSB2"][..], &["/dev/ttyUSB1"][..]),
+        ("user-runc", &["/dev/fuse", "/dev/ttyUSB2"], &["/dev/ttyUSB0", "/dev/ttyUSB1"]),
+    ] {
+        if name == "user-crun" {
+            vm.ok("chown root:dialout /dev/ttyUSB0");
+        }
+        let opened = user.open_all(name, granted);
+        assert_eq!(opened, vec!["opens"; granted.len()], "{name}: {granted:?}");
+        let has = nodes_seen(vm, |command| User::inside(name, command));
+        let paths: Vec<&str> = has.iter().map(|node| &*node.path).collect();
+        assert_eq!(paths, granted, "{name}");
+
+        let entries = of_user(vm, name);
+        for path in withheld {
+            let told =
+                entries.iter().find(|entry| entry["F_DEVICE"] == *path).unwrap_or_else(|| panic!("{entries:#?}"));
+            assert_eq!(told["MESSAGE"], format!("{path} not granted: this user may not open it"));
+        }
+        let sticks = entries.iter().find(|entry| entry["F_CATEGORY"] == "ttyUSB").expect("it is told");
+        assert_eq!(sticks["F_COUNT"], (granted.len() - 1).to_string(), "{name}");
+    }
+}
+
+/// The hook's entries in the journal about a container of the user.
+#[track_caller]
+fn of_user(vm: &Vm, container: &str) -> Vec<Value> {
+    let all = journal(vm, container);
+    assert!(!all.is_empty(), "nothing tells of {container} by its name");
+    assert!(all.iter().all(|entry| entry["_UID"] == "1000"), "{all:#?}");
+    all
+}
