@@ -202,7 +202,7 @@ fn the_log_has_the_words_that_tests_look_for() {
         assert!(first.contains(words), "{words}: {first}");
     }
     assert!(!first.contains("wayland"), "{first}");
-    rig.edited(&asking(&[]));
+    rig.edited(&asking(&[AUDIO.0]));
     assert!(rig.log().starts_with(&first) && rig.log().len() > first.len(), "it is appended to: {}", rig.log());
 }
 
