@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::core::config::ConfigFile;
 use crate::core::device::{Device, Kind, Number};
 use crate::core::pattern::Pattern;
+use crate::core::text::excerpt;
 
 /// A named set of devices.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,8 +129,12 @@ impl Categories {
         self.0.iter().filter(|category| category.sensitive).cloned().collect()
     }
 
-    /// Adds what a configuration file says. Nothing is changed if it cannot be taken; the error says why, in words.
+    /// Adds what a configuration file says. Nothing is changed if it cannot be taken; the error says why, in one line.
     pub fn apply(&mut self, file: &ConfigFile) -> Result<(), String> {
+        self.with(file).map(|changed| self.0 = changed).map_err(|reason| excerpt(&reason))
+    }
+
+    fn with(&self, file: &ConfigFile) -> Result<Vec<Arc<Category>>, String> {
         let mut changed = self.0.clone();
         for (name, added) in &file.category {
             if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)) {
@@ -155,8 +160,7 @@ impl Categories {
             let category = category.ok_or_else(|| format!("there is no category '{name}' to enable"))?;
             Arc::make_mut(category).enabled = true;
         }
-        self.0 = changed;
-        Ok(())
+        Ok(changed)
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::core::text::excerpt;
+
 /// A pattern on a path below `/dev`: `#` stands for a number, `*` for anything but `/`, `[a-b]` for one character of
 /// that range, and `/**` at the end for everything below.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -10,6 +12,10 @@ pub struct Pattern(String);
 impl Pattern {
     /// Reads one. Errors say in words what is wrong.
     pub fn parse(text: &str) -> Result<Pattern, String> {
+        Pattern::check(text).map(|()| Pattern(text.to_owned())).map_err(|reason| excerpt(&reason))
+    }
+
+    fn check(text: &str) -> Result<(), String> {
         let stem = text.strip_suffix("/**").unwrap_or(text);
         if !stem.starts_with("/dev/") {
             return Err(format!("'{text}' does not begin with /dev/"));
@@ -20,11 +26,14 @@ impl Pattern {
         if stem.contains("**") {
             return Err(format!("'{text}' has '**' elsewhere than in a '/**' at its end"));
         }
+        if stem.matches('*').count() > 3 {
+            return Err(format!("'{text}' has more than three '*' in it"));
+        }
         let ranges = stem.split('[').skip(1).all(|rest| matches!(rest.as_bytes(), [_, b'-', _, b']', ..]));
         if !ranges || stem.matches('[').count() != stem.matches(']').count() {
             return Err(format!("'{text}' has a '[' that is no range such as [0-7]"));
         }
-        Ok(Pattern(text.to_owned()))
+        Ok(())
     }
 
     /// Whether the path fits. A number is matched whole: `/dev/ttyUSB1` is not in `/dev/ttyUSB10`.
@@ -115,6 +124,8 @@ mod tests {
             ("/dev/../etc", "'..'"),
             ("/dev//x", "empty"),
             ("/dev/**", "/dev/"),
+            ("/dev/****", "'**'"),
+            ("/dev/a*b*c*d*", "three"),
             ("/dev/x[0-", "range"),
             ("/dev/x]", "range"),
             ("/dev/x[ab]", "range"),

@@ -1,6 +1,8 @@
 //! Edits of an OCI `config.json` (runtime-spec, config.md and config-linux.md). The document stays a
 //! [`serde_json::Value`]: a typed round trip would drop fields that a newer runtime knows.
 
+use std::collections::{HashMap, HashSet};
+
 use oci_spec::runtime::{LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType};
 use serde_json::{Map, Value, json};
 
@@ -125,15 +127,21 @@ pub fn add_devices(spec: &mut Value, devices: &[SpecDevice]) -> Result<Added, St
     }
     let linux = object(spec.as_object_mut().expect("it was checked"), "linux");
     let rules = array(object(linux, "resources"), "devices");
-    for device in devices {
-        if !are_allowing(rules, device.number) {
-            rules.push(rule_for(device.number)?);
-            added.rules += 1;
-        }
+    let mut allowed = allowed(rules);
+    for device in devices.iter().filter(|device| allowed.insert(device.number)) {
+        rules.push(rule_for(device.number)?);
+        added.rules += 1;
     }
     let nodes = array(linux, "devices");
+    let mut paths: HashMap<String, usize> = HashMap::new();
+    for (at, node) in nodes.iter().enumerate() {
+        // Of two with one path, the first is the one that counts to us.
+        if let Some(path) = node.get("path").and_then(Value::as_str) {
+            paths.entry(path.to_owned()).or_insert(at);
+        }
+    }
     for device in devices {
-        match nodes.iter_mut().find(|node| node.get("path").and_then(Value::as_str) == Some(&device.path)) {
+        match paths.get(&device.path).map(|at| &mut nodes[*at]) {
             Some(node) if number_of(node) == Some(device.number) => {}
             Some(node) => {
                 let node = node.as_object_mut().expect("it has a path");
@@ -143,6 +151,7 @@ pub fn add_devices(spec: &mut Value, devices: &[SpecDevice]) -> Result<Added, St
                 added.corrected.push(device.path.clone());
             }
             None => {
+                paths.insert(device.path.clone(), nodes.len());
                 nodes.push(node_for(device)?);
                 added.devices.push(device.path.clone());
             }
@@ -182,16 +191,18 @@ fn spec_type(kind: Kind) -> LinuxDeviceType {
     }
 }
 
-/// Whether one of the rules allows `rwm` on just this device, and none after it forbids anything: the last one counts.
-fn are_allowing(rules: &[Value], number: Number) -> bool {
-    let allows = |rule: &Value| {
+/// The devices on which a rule for each allows `rwm`, with none after it that forbids anything: the last one counts.
+fn allowed(rules: &[Value]) -> HashSet<Number> {
+    let mut allowed = HashSet::new();
+    for rule in rules {
         let access = rule.get("access").and_then(Value::as_str).unwrap_or_default();
-        rule.get("allow") == Some(&Value::Bool(true))
-            && "rwm".chars().all(|right| access.contains(right))
-            && number_of(rule) == Some(number)
-    };
-    let forbids = |rule: &Value| rule.get("allow") != Some(&Value::Bool(true));
-    rules.iter().rposition(allows).is_some_and(|at| !rules[at..].iter().any(forbids))
+        if rule.get("allow") != Some(&Value::Bool(true)) {
+            allowed.clear();
+        } else if "rwm".chars().all(|right| access.contains(right)) {
+            allowed.extend(number_of(rule));
+        }
+    }
+    allowed
 }
 
 /// The devices that entries of `linux.devices` name, with their paths. runc's state has the same entries, but for the
@@ -203,7 +214,7 @@ pub fn named_devices(entries: Option<&Value>) -> Vec<(Number, String)> {
 
 fn number_of(entry: &Value) -> Option<Number> {
     let letter = match entry.get("type")? {
-        Value::String(letter) => letter.chars().next()?,
+        Value::String(letter) if letter.len() == 1 => letter.chars().next()?,
         code => char::from(u8::try_from(code.as_u64()?).ok()?),
     };
     let kind = match letter {

@@ -101,6 +101,9 @@ fn new_log(hook: &Hook, around: &Surroundings<'_>) -> Log {
     Log::new(hook.name, around.log.as_deref().unwrap_or(Path::new(hook.log)))
 }
 
+/// serde_json takes an object with this key for a number, so that it could come out as another value.
+const NUMBER_TOKEN: &str = "$serde_json::private::Number";
+
 /// The edited document, or `None` where nothing changes.
 fn edit(
     hook: Option<&'static Hook>,
@@ -114,6 +117,9 @@ fn edit(
     }
     if hook.is_none() && is_without_ours(text) {
         return Ok(None);
+    }
+    if text.windows(NUMBER_TOKEN.len()).any(|window| window == NUMBER_TOKEN.as_bytes()) {
+        return Err(bad(format!("it has '{NUMBER_TOKEN}' in it, which could not be kept as it is")));
     }
     let mut spec: Value = serde_json::from_slice(text).map_err(|error| bad(format!("not valid JSON: {error}")))?;
     let annotations = spec::annotations(&spec).map_err(bad)?;
@@ -151,7 +157,8 @@ fn is_without_ours(text: &[u8]) -> bool {
     if text.trim_ascii_start().first() != Some(&b'{') {
         return false;
     }
-    let head: serde_json::Result<Head<'_>> = serde_json::from_slice(text);
+    let Ok(text) = std::str::from_utf8(text) else { return false };
+    let head: serde_json::Result<Head<'_>> = serde_json::from_str(text);
     head.is_ok_and(|head| head.annotations.is_none_or(|all| !all.keys().any(|key| key.starts_with(PREFIX))))
 }
 

@@ -98,6 +98,7 @@ fn what_is_no_specification_is_refused_in_one_line() {
         ("{", "not valid JSON"),
         ("{}{}", "not valid JSON"),
         ("[]", "the top level is not a JSON object"),
+        (&format!("{{{sticks},\"x\":{{\"$serde_json::private::Number\":\"1\"}}}}"), "could not be kept"),
         ("3", "the top level is not a JSON object"),
         ("{\"annotations\":[]}", "'annotations' is not an object"),
         (&format!("{{{sticks},\"linux\":{{\"devices\":{{}}}}}}"), "'linux.devices' is not an array but an object"),
