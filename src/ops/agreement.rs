@@ -39,7 +39,11 @@ impl Executor {
     fn agree(&mut self, granted: Rights, withdrawn: Rights) -> Result<()> {
         let failed = |error| Error::host::<std::io::Error>("read or change the device filter's maps")(error);
         for ((cgroup, number), access, before) in corrections(granted, self.filter()?.entries().map_err(failed)?) {
-            tracing::warn!("cgroup {cgroup} had access '{before}' to {number}, where '{access}' is granted: corrected");
+            if before.is_none() {
+                tracing::warn!("cgroup {cgroup} had lost its access {access} to {number}, which is put back");
+            } else {
+                tracing::warn!("cgroup {cgroup} had access {before} to {number} that nobody granted");
+            }
             self.filter()?.set(cgroup, number, access).map_err(failed)?;
         }
         for ((cgroup, number), access, before) in corrections(withdrawn, self.filter()?.withdrawn().map_err(failed)?) {
