@@ -74,16 +74,16 @@ fn a_user_gets_what_it_may_open(vm: &Vm) {
     vm.ok("udevadm settle; chown root:root /dev/ttyUSB1; chown lab /dev/ttyUSB2");
 
     let asks = format!("{ASKS_FOR_STICKS} --annotation org.containers.qm.device.fuse=true");
-    user.run("crun", "user-crun", &format!("{asks} --group-add keep-groups"));
+    user.run("crun", "mine-crun", &format!("{asks} --group-add keep-groups"));
     // With the directory of hooks named, and without the user's groups: runc cannot keep them.
     vm.ok("chown root:root /dev/ttyUSB0");
-    user.run("runc", "user-runc", &format!("--annotation org.containers.qm.device.audio=true {asks}"));
+    user.run("runc", "mine-runc", &format!("--annotation org.containers.qm.device.audio=true {asks}"));
 
     for (name, granted, withheld) in [
-        ("user-crun", &["/dev/fuse", "/dev/ttyUSB0", "/dev/ttyUSB2"][..], &["/dev/ttyUSB1"][..]),
-        ("user-runc", &["/dev/fuse", "/dev/ttyUSB2"], &["/dev/ttyUSB0", "/dev/ttyUSB1"]),
+        ("mine-crun", &["/dev/fuse", "/dev/ttyUSB0", "/dev/ttyUSB2"][..], &["/dev/ttyUSB1"][..]),
+        ("mine-runc", &["/dev/fuse", "/dev/ttyUSB2"], &["/dev/ttyUSB0", "/dev/ttyUSB1"]),
     ] {
-        if name == "user-crun" {
+        if name == "mine-crun" {
             vm.ok("chown root:dialout /dev/ttyUSB0");
         }
         let opened = user.open_all(name, granted);
