@@ -73,13 +73,13 @@ fn a_user_gets_what_it_may_open(vm: &Vm) {
     vm.ok("udevadm settle; chown root:root /dev/ttyUSB1; chown lab /dev/ttyUSB2");
 
     let asks = format!("{ASKS_FOR_STICKS} --annotation org.containers.qm.device.fuse=true");
-    user.run("crun", "mine-crun", &format!("{asks} --group-add keep-groups"));
-    // With the directory of hooks named, and without the user's groups: runc cannot keep them.
+    user.run("crun", "own-crun", &format!("{asks} --group-add keep-groups"));
+    // Without the groups of the user, which runc cannot keep.
     vm.ok("chown root:root /dev/ttyUSB0");
-    user.run("runc", "mine-runc", &format!("--annotation org.containers.qm.device.audio=true {asks}"));
+    user.run("runc", "own-runc", &format!("--annotation org.containers.qm.device.audio=true {asks}"));
 
     vm.ok("chown root:dialout /dev/ttyUSB0");
-    for (name, withheld) in [("mine-crun", &["/dev/ttyUSB1"][..]), ("mine-runc", &["/dev/ttyUSB0", "/dev/ttyUSB1"])] {
+    for (name, withheld) in [("own-crun", &["/dev/ttyUSB1"][..]), ("own-runc", &["/dev/ttyUSB0", "/dev/ttyUSB1"])] {
         let paths = ["/dev/fuse", "/dev/ttyUSB0", "/dev/ttyUSB1", "/dev/ttyUSB2", "/dev/snd/seq"];
         let is_withheld = |path: &str| withheld.contains(&path) || path == "/dev/snd/seq";
         let expected = paths.map(|path| if is_withheld(path) { "nothing is there" } else { "opens" });
