@@ -68,9 +68,12 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
 /// A device is gone: from all containers.
 pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event: &Uevent, since: Instant) {
     let devpath = &event.devpath;
-    settle_withdrawals(executor, registry, |_, its| its == event.number, Some(event.number));
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == *devpath);
-    carry_out(executor, registry, &[], &observed, |_| true, Some(since));
+    // The first withdrawal loads a program, which takes as long as a hundred removals: they go first.
+    let (from_start, others): (Vec<_>, Vec<_>) = observed.into_iter().partition(|entry| entry.grant.at_start);
+    carry_out(executor, registry, &[], &others, |_| true, Some(since));
+    settle_withdrawals(executor, registry, |_, its| its == event.number, Some(event.number));
+    carry_out(executor, registry, &[], &from_start, |_| true, Some(since));
     registry.devices.remove(devpath);
 }
 

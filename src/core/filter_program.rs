@@ -112,15 +112,7 @@ pub fn lift(grants_fd: i32, witness_fd: i32, withdrawn_fd: Option<i32>) -> Vec<I
     a.alu64(RSH, R1, R8);
     a.alu64_imm(AND, R1, 1);
     a.jump_imm(JEQ, R1, 0, "next");
-    a.mov(R1, R8);
-    a.call(helper::GET_CURRENT_ANCESTOR_CGROUP_ID);
-    a.jump_imm(JEQ, R0, 0, "refuse");
-    a.store(DW, R10, KEY, R0);
-    a.lookup(grants_fd, KEY);
-    a.jump_imm(JEQ, R0, 0, "next");
-    a.load(W, R1, R0, 0);
-    a.load(DW, R2, R10, WANTED);
-    a.alu64(AND, R1, R2);
+    entry_of_level(&mut a, grants_fd, "refuse", "next");
     a.jump_reg(JNE, R1, R2, "next");
     // Granted to this level: good for the cgroup itself, and below it where its mark vouches for the refusal.
     a.mov(R1, R9);
@@ -151,15 +143,7 @@ pub fn lift(grants_fd: i32, witness_fd: i32, withdrawn_fd: Option<i32>) -> Vec<I
         a.mov_imm(R8, 1);
         a.label("withdrawn level");
         a.jump32_imm(JGT, R8, MAX_LEVELS as i32 - 1, "leave");
-        a.mov(R1, R8);
-        a.call(helper::GET_CURRENT_ANCESTOR_CGROUP_ID);
-        a.jump_imm(JEQ, R0, 0, "leave");
-        a.store(DW, R10, KEY, R0);
-        a.lookup(withdrawn_fd, KEY);
-        a.jump_imm(JEQ, R0, 0, "not withdrawn");
-        a.load(W, R1, R0, 0);
-        a.load(DW, R2, R10, WANTED);
-        a.alu64(AND, R1, R2);
+        entry_of_level(&mut a, withdrawn_fd, "leave", "not withdrawn");
         // As if it had been refused: a grant lifts that too.
         a.mov_imm(R7, -1);
         a.jump_imm(JNE, R1, 0, "wanted");
@@ -187,6 +171,20 @@ fn question(a: &mut Assembler) {
     a.load(W, R1, R6, CTX_MINOR);
     a.store(W, R10, KEY + 16, R1);
     a.store_imm(W, R10, KEY + 20, 0);
+}
+
+/// R1 = what of the wanted access (R2) the map holds for the ancestor of level R8. Jumps where there is no such ancestor,
+/// and where the map has no entry.
+fn entry_of_level(a: &mut Assembler, map_fd: i32, no_ancestor: &'static str, no_entry: &'static str) {
+    a.mov(R1, R8);
+    a.call(helper::GET_CURRENT_ANCESTOR_CGROUP_ID);
+    a.jump_imm(JEQ, R0, 0, no_ancestor);
+    a.store(DW, R10, KEY, R0);
+    a.lookup(map_fd, KEY);
+    a.jump_imm(JEQ, R0, 0, no_entry);
+    a.load(W, R1, R0, 0);
+    a.load(DW, R2, R10, WANTED);
+    a.alu64(AND, R1, R2);
 }
 
 /// The program for first place on a granted container's cgroup at `level` (the root's children have level 1).
