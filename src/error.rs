@@ -65,6 +65,16 @@ pub enum Error {
         /// In words, with the advice.
         reason: String,
     },
+    /// A container must not start without a device that it does not get.
+    #[error("container '{container}' does not start: {rule}: {reason}")]
+    Required {
+        /// Name and id.
+        container: String,
+        /// The annotation.
+        rule: String,
+        /// In words.
+        reason: String,
+    },
     /// Our own process lacks something.
     #[error("{0}")]
     Unfit(String),
@@ -141,7 +151,7 @@ impl Error {
         match self {
             Error::Usage(_) | Error::BadDestination { .. } => 2,
             Error::NoSuchContainer(_) | Error::AmbiguousContainer { .. } | Error::ContainerExited(_) => 3,
-            Error::NoSuchDevice(_) | Error::NotADevice { .. } | Error::NoSuchGrant { .. } => 4,
+            Error::NoSuchDevice(_) | Error::NotADevice { .. } | Error::NoSuchGrant { .. } | Error::Required { .. } => 4,
             Error::Refused { .. } | Error::Unfit(_) => 5,
             Error::NoDeviceFilter { source, .. } => match source.raw_os_error() {
                 // What may be otherwise at the next try is no refusal.

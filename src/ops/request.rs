@@ -30,6 +30,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         uid: request.uid.unwrap_or(device.uid),
         gid: request.gid.unwrap_or(device.gid),
         mode: request.mode.unwrap_or(device.mode),
+        link_to: None,
     };
     let grant = Grant {
         holder,
@@ -38,6 +39,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         node,
         origin: Origin::Manual,
         at_start: false,
+        exclusive: false,
     };
     if let Some(entry) = at_path(executor.ledger.entries(), &grant.holder, &grant.node.path).cloned() {
         let is_settled = entry.placement != Placement::Pending && entry.left_over.is_none();
