@@ -13,6 +13,7 @@ pub mod glob;
 pub mod grammar;
 pub mod ledger;
 pub mod matcher;
+pub mod naming;
 pub mod pattern;
 pub mod plan;
 pub mod policy;

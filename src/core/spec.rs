@@ -385,7 +385,7 @@ mod tests {
     fn a_selector_may_ask_for_less() {
         let mut spec = json!({"annotations": {"a": "b"}});
         let device = SpecDevice { access: "rw".parse().unwrap(), ..tty(0) };
-        add_devices(&mut spec, &[device.clone()]).unwrap();
+        add_devices(&mut spec, std::slice::from_ref(&device)).unwrap();
         assert_eq!(spec["linux"]["resources"]["devices"][0]["access"], "rw");
         assert_eq!(add_devices(&mut spec, &[device]).unwrap(), Added::default());
         assert_eq!(add_devices(&mut spec, &[tty(0)]).unwrap().rules, 1, "a category asks for more");

@@ -32,6 +32,14 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         mode: request.mode.unwrap_or(device.mode),
         link_to: None,
     };
+    let alone = |entry: &&Entry| {
+        let grant = &entry.grant;
+        grant.exclusive && grant.device.identity == device.identity && !grant.holder.is_same_run(&holder)
+    };
+    if let Some(entry) = executor.ledger.entries().iter().find(alone) {
+        let reason = format!("container {} has {} for itself alone", entry.grant.holder.label(), device.node);
+        return Err(Error::Refused { container: container.label().to_owned(), reason });
+    }
     let grant = Grant {
         holder,
         device: Granted::from(&device),

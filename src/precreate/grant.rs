@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::Value;
 
@@ -17,10 +17,8 @@ use crate::error::{Error, Result};
 use crate::precreate::discovery::{Discovery, Found, Request};
 use crate::precreate::log::Log;
 use crate::runtime::storage;
+use crate::sys::arrival::Arrivals;
 use crate::sys::process::outer_user;
-
-/// How often it is looked for a device that is waited for.
-const LOOK: Duration = Duration::from_millis(50);
 
 /// A rule, or why it is none; and the annotation that it stands in.
 type Wish = (Option<String>, std::result::Result<Rule, Ignored>);
@@ -164,13 +162,13 @@ pub(super) fn grant(
 
 /// Looks for what the rule stands for; again and again, where it says that it is to be waited for.
 fn look(rule: &Rule, request: &Request<'_>, discovery: &dyn Discovery) -> io::Result<Found> {
-    let wait = rule.selection().and_then(|selection| selection.options.wait).unwrap_or_default();
-    let until = Instant::now() + wait;
+    let wait = rule.selection().and_then(|selection| selection.options.wait);
+    let Some(deadline) = wait.map(|wait| Instant::now() + wait) else { return discovery.devices(rule, request) };
+    let arrivals = Arrivals::listen()?;
     loop {
         let found = discovery.devices(rule, request)?;
-        if !found.devices.is_empty() || Instant::now() >= until {
+        if !found.devices.is_empty() || !arrivals.wait(deadline)? {
             return Ok(found);
         }
-        std::thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
     }
 }
