@@ -67,7 +67,7 @@ pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Ru
     Some(rule.map_err(|reason| Ignored { key: excerpt(key), reason: excerpt(&reason), required: false }))
 }
 
-/// An annotation that is the rest of a selector: podman before 4.4 cuts the value of `--annotation` at each comma.
+/// An annotation that is the rest of a selector: podman 4.3 cuts the value of `--annotation` at each comma.
 pub fn cut_off<'a>(keys: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     keys.into_iter().find(|key| grammar::is_key(key))
 }
