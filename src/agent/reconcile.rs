@@ -33,8 +33,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     let mut desired = wanted(executor, registry, |_| true, |_| true, stays);
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     settle_withdrawals(executor, registry, &desired, |_, _| true, None);
-    // What a rule no longer asks for goes with the node that the container has from its start.
-    carry_out(executor, registry, &desired, &observed, |entry| entry.grant.at_start || is_unplugged(entry), None);
+    carry_out(executor, registry, &desired, &observed, goes_with_node, None);
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
         registry.follow(&executor.cgroups, &entry.grant.holder);
@@ -56,7 +55,7 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     let in_force = |entry: &Entry| entry.grant.device.identity.devpath != devpath || stays(entry);
     let mut desired = wanted(executor, registry, |_| true, |its| its.identity.devpath == devpath, in_force);
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
-    carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
+    carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
     settle_withdrawals(executor, registry, &desired, |_, its| its == number, None);
     look_around(executor, registry, &devpath, |_| false, since);
 }
@@ -106,13 +105,16 @@ pub(super) fn container(executor: &mut Executor, registry: &mut Registry, direct
 
 /// Compares all of a container's.
 fn all_of(executor: &mut Executor, registry: &mut Registry, id: &str, since: Instant) {
+    if !registry.containers.contains_key(id) {
+        return;
+    }
     let observed = entries(executor, |entry| entry.grant.holder.id == id);
     let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
     let in_force = |entry: &Entry| entry.grant.holder.id != id || stays(entry);
     let mut desired = wanted(executor, registry, |known| known.container.id == id, |_| true, in_force);
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     settle_withdrawals(executor, registry, &desired, |known, _| known.container.id == id, None);
-    carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
+    carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
 }
 
 /// A runtime's update may have detached the mark of a container with grants: it is put back.
@@ -262,6 +264,11 @@ fn has_ended(entry: &Entry) -> bool {
 
 fn is_unplugged(entry: &Entry) -> bool {
     !udev::is_present(&entry.grant.device.identity)
+}
+
+/// What a rule no longer asks for goes with the node that the container has from its start.
+fn goes_with_node(entry: &Entry) -> bool {
+    entry.grant.at_start || is_unplugged(entry)
 }
 
 /// What is left over was to go: nobody wants it back.

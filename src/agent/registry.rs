@@ -69,6 +69,9 @@ impl Known {
     }
 }
 
+/// How much of what was said is remembered.
+const REMEMBERED: usize = 10_000;
+
 /// What was said of containers, so that it is not said again at each event.
 #[derive(Debug, Default)]
 pub(super) struct Said(RefCell<BTreeSet<(String, String)>>);
@@ -76,9 +79,12 @@ pub(super) struct Said(RefCell<BTreeSet<(String, String)>>);
 impl Said {
     /// Warns, if that was not said before of the container with this id.
     pub(super) fn once(&self, id: &str, container: &str, text: String) {
-        if !self.0.borrow().contains(&(id.to_owned(), text.clone())) {
+        let mut said = self.0.borrow_mut();
+        if said.len() >= REMEMBERED {
+            said.clear();
+        }
+        if said.insert((id.to_owned(), text.clone())) {
             tracing::warn!(container, "{text}");
-            self.0.borrow_mut().insert((id.to_owned(), text));
         }
     }
 
