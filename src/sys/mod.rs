@@ -11,5 +11,6 @@ mod mark;
 pub mod namespace;
 pub mod node;
 pub mod process;
+pub mod ring;
 pub mod udev;
 pub mod uevent;
