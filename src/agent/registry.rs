@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use crate::agent::monitors::Monitors;
 use crate::agent::watch::Watched;
 use crate::config;
 use crate::core::annotation::{Rule, rules};
@@ -40,7 +41,9 @@ pub(super) struct Registry {
     /// Ids of the cgroups that are watched, those of containers with grants.
     cgroups: BTreeSet<u64>,
     categories: Categories,
-    watched: Watched,
+    pub(super) watched: Watched,
+    /// Those who are told of changes.
+    pub(super) monitors: Monitors,
 }
 
 impl Registry {
@@ -56,7 +59,13 @@ impl Registry {
             cgroups: BTreeSet::new(),
             categories,
             watched,
+            monitors: Monitors::new(),
         }
+    }
+
+    /// The categories of this host.
+    pub(super) fn categories(&self) -> &Categories {
+        &self.categories
     }
 
     /// Takes in a container, or what is new about it. Returns whether it is a run that was not known before.

@@ -7,6 +7,7 @@ pub mod config;
 pub mod container;
 pub mod destination;
 pub mod device;
+pub mod event;
 pub mod filter_program;
 pub mod ledger;
 pub mod matcher;
