@@ -47,7 +47,7 @@ pub(super) async fn serve(mut stream: UnixStream, calls: mpsc::Sender<Call>, mon
                 return;
             }
             if let Some(events) = events {
-                return tell(stream, events, &reply).await;
+                return tell(stream, events, reply).await;
             }
         }
         match stream.read(&mut buffer).await {
@@ -88,8 +88,8 @@ async fn answer(
 
 /// Hands on events until the caller hangs up. One that reads slowly keeps nobody waiting: events that it has no room for
 /// are lost to it, and it is told how many.
-async fn tell(mut stream: UnixStream, mut events: broadcast::Receiver<Event>, ready: &Reply) {
-    let only = match serde_json::from_value(ready.parameters.clone()) {
+async fn tell(mut stream: UnixStream, mut events: broadcast::Receiver<Event>, ready: Reply) {
+    let only = match serde_json::from_value(ready.parameters) {
         Ok(Event::Ready { container: Some(container), id: Some(id) }) => Some((container, id)),
         _ => None,
     };
@@ -112,5 +112,50 @@ async fn tell(mut stream: UnixStream, mut events: broadcast::Receiver<Event>, re
         {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::event::Changed;
+
+    /// One that does not read keeps nobody waiting, and learns how much it has missed.
+    #[test]
+    fn a_slow_monitor_loses_events_and_is_told_how_many() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            const ALL: u64 = 20_000;
+            let (ours, mut its) = UnixStream::pair().unwrap();
+            let monitors = Monitors::new();
+            let ready = Reply::good(Event::Ready { container: None, id: None });
+            let telling = tokio::spawn(tell(ours, monitors.subscribe(), ready));
+            let event = |count| {
+                let (container, id, device, path, origin) = Default::default();
+                Event::Granted(Changed { container, id, device, path, origin, micros: Some(count) })
+            };
+            for count in 0..ALL {
+                monitors.tell(|| event(count));
+                tokio::task::yield_now().await;
+            }
+            drop(monitors);
+            let mut text = Vec::new();
+            its.read_to_end(&mut text).await.unwrap();
+            telling.await.unwrap();
+            let (mut next, mut lost) = (0, 0);
+            for message in text.split(|byte| *byte == 0).filter(|message| !message.is_empty()) {
+                let reply: Reply = serde_json::from_slice(message).unwrap();
+                assert!(reply.continues);
+                match serde_json::from_value(reply.parameters).unwrap() {
+                    Event::Lost { count } => (lost, next) = (lost + count, next + count),
+                    told => {
+                        assert_eq!(told, event(next));
+                        next += 1;
+                    }
+                }
+            }
+            assert_eq!(next, ALL);
+            assert!(lost > ALL / 2, "{lost}");
+        });
     }
 }
