@@ -58,8 +58,9 @@ impl Refusals {
         let asking = registry.containers.values().filter(|known| !known.rules.is_empty());
         let desired: BTreeMap<u64, &str> =
             asking.filter_map(|known| Some((known.holder.as_ref()?.cgroup_id, known.container.id.as_str()))).collect();
-        if desired.len() == self.watched.len() && desired.keys().eq(self.watched.keys()) {
-            self.watched.iter_mut().for_each(|(cgroup, id)| desired[cgroup].clone_into(id));
+        let is_same =
+            |(desired, watched): ((&u64, &&str), (&u64, &String))| desired == (watched.0, &watched.1.as_str());
+        if desired.len() == self.watched.len() && desired.iter().zip(&self.watched).all(is_same) {
             return;
         }
         let filter = match executor.filter() {
