@@ -7,6 +7,7 @@ use crate::agent::registry::Registry;
 use crate::core::event::{Event, Refused};
 use crate::core::refusal::{Refusal, Repeats};
 use crate::core::suggestion::suggestion;
+use crate::core::text::printable;
 use crate::error::Error;
 use crate::ops::Executor;
 use crate::sys::ring::Ring;
@@ -103,7 +104,7 @@ impl Refusals {
         let device = registry.devices.values().find(|device| device.number == number);
         // What it asks for already and still is refused (the host uses it, it is being plugged in) needs no annotation.
         let unasked = device.filter(|device| !known.rules.iter().any(|rule| rule.matches(device)));
-        let refused = Refused {
+        let event = Event::Refused(Refused {
             container: known.container.label().to_owned(),
             id: known.container.id.clone(),
             kind: number.kind,
@@ -112,12 +113,14 @@ impl Refusals {
             device: device.map(|device| device.node.clone()),
             access,
             annotation: unasked.and_then(|device| suggestion(device, registry.categories())),
-        };
+        });
         if let Some(untold) = self.repeats.tell(cgroup, number, self.start.elapsed().as_millis() as u64) {
             let before = if untold > 0 { format!("; {untold} others before were not logged") } else { String::new() };
-            tracing::info!(container = refused.container, device = %number, "{refused}{before}");
+            let (container, device, text) =
+                (known.container.label(), number.to_string(), printable(&event.to_string()));
+            tracing::info!(container, device, "{text}{before}");
         }
-        registry.monitors.tell(|| Event::Refused(refused));
+        registry.monitors.tell(|| event);
     }
 
     /// Has nothing reported any more: without an agent there is nobody to tell.

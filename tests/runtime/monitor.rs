@@ -150,13 +150,12 @@ fn a_refused_open_is_told_with_its_annotation(runtime: &str) {
     text.is_silent();
     // In the log a device is told once in ten seconds.
     let log = agent.log();
-    let lines = |what: &str| log.lines().filter(|line| line.contains(what)).count();
-    assert!(lines("refused c 4:3 /dev/tty3") >= 2, "{log}");
-    assert_eq!(
-        log.lines().filter(|line| line.contains("qmh-before") && line.contains("refused c 4:3")).count(),
-        1,
-        "{log}"
-    );
+    let log = log.rsplit("ready:").next().unwrap();
+    for name in [&before.name, &after.name] {
+        let line = format!("container {name} was refused c 4:3 /dev/tty3 (rw); the annotation ");
+        assert_eq!(log.matches(&line).count(), 1, "{log}");
+    }
+    assert_eq!(log.matches("was refused").count(), 4, "{log}");
 }
 
 /// How many cgroups the kernel reports refusals of.
