@@ -4,6 +4,7 @@ mod attach;
 mod detach;
 mod devices;
 mod list;
+mod monitor;
 mod output;
 mod ps;
 mod status;
@@ -46,6 +47,8 @@ pub enum Command {
     Devices(devices::Args),
     /// Show the running containers that are found, with what they ask for
     Ps(ps::Args),
+    /// Show what happens from now on: grants, revocations, and the devices that containers were refused
+    Monitor(monitor::Args),
     /// Show how the agent and the device filter are
     Status(status::Args),
     /// Run the agent (a systemd service starts this)
@@ -70,6 +73,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::List(args) => list::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Ps(args) => ps::run(args),
+        Command::Monitor(args) => monitor::run(args),
         Command::Status(args) => status::run(args),
         Command::Agent(args) if args.release => release(),
         Command::Agent(_) => crate::agent::run(),

@@ -13,6 +13,7 @@ mod mark;
 pub mod namespace;
 pub mod node;
 pub mod process;
+pub mod ring;
 pub mod sysfs;
 pub mod udev;
 pub mod uevent;

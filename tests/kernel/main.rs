@@ -5,6 +5,7 @@ mod support;
 
 mod actor;
 mod attach;
+mod before;
 mod block;
 mod filter;
 mod foreign;
@@ -12,6 +13,7 @@ mod hostile;
 mod kernel_bpf;
 mod marks;
 mod nodes;
+mod refused;
 mod stage;
 mod standing;
 mod unfit;
@@ -31,6 +33,7 @@ fn main() {
         filter::TESTS,
         marks::TESTS,
         standing::TESTS,
+        refused::TESTS,
         nodes::TESTS,
         hostile::TESTS,
         foreign::TESTS,
