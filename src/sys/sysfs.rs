@@ -16,17 +16,12 @@ pub struct KernelSysfs {
     read: RefCell<HashMap<String, Option<String>>>,
 }
 
-/// An attribute has one page at most (Documentation/filesystems/sysfs.rst).
-const LONGEST: u64 = 4096;
-
 impl Sysfs for KernelSysfs {
     fn read(&self, path: &str) -> Option<String> {
         if let Some(known) = self.read.borrow().get(path) {
             return known.clone();
         }
-        let mut text = Vec::new();
-        let found = File::open(format!("/sys{path}")).and_then(|file| file.take(LONGEST).read_to_end(&mut text));
-        let text = found.is_ok().then(|| String::from_utf8_lossy(&text).trim_end().to_owned());
+        let text = read_text(&format!("/sys{path}"));
         self.read.borrow_mut().insert(path.to_owned(), text.clone());
         text
     }
@@ -49,5 +44,36 @@ impl Sysfs for KernelSysfs {
 
     fn device(&self, path: &str) -> Option<Device> {
         udev::by_directory(&PathBuf::from(format!("/sys{path}")))
+    }
+}
+
+/// An attribute that is text: those have one page (Documentation/filesystems/sysfs.rst) and say so by their size. Binary
+/// ones are not read: what is behind them (an EEPROM, ports of a PCI device) may be slow, or notice it.
+fn read_text(path: &str) -> Option<String> {
+    let page = rustix::param::page_size() as u64;
+    let metadata = fs::symlink_metadata(path).ok()?;
+    if !metadata.is_file() || metadata.len() != page {
+        return None;
+    }
+    let mut text = Vec::new();
+    File::open(path).and_then(|file| file.take(page).read_to_end(&mut text)).ok()?;
+    Some(String::from_utf8_lossy(&text).trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_read_and_what_is_binary_is_not() {
+        let null = "/devices/virtual/mem/null";
+        let sysfs = KernelSysfs::default();
+        assert_eq!(sysfs.read(&format!("{null}/dev")).as_deref(), Some("1:3"));
+        assert_eq!(sysfs.link(&format!("{null}/subsystem")).as_deref(), Some("mem"));
+        assert_eq!(sysfs.device(null).unwrap().node, "/dev/null");
+        assert_eq!(read_text("/sys/kernel/notes"), None, "binary");
+        for none in ["/devices/virtual/mem/null/subsystem", "/devices/virtual/mem", "/devices/none"] {
+            assert_eq!(sysfs.read(none), None, "{none}");
+        }
     }
 }
