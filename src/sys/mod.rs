@@ -10,6 +10,8 @@ pub mod host;
 mod mark;
 pub mod namespace;
 pub mod node;
+pub mod probe;
 pub mod process;
+pub mod scratch;
 pub mod udev;
 pub mod uevent;

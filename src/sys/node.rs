@@ -317,7 +317,7 @@ fn remove_directories(inside: Inside<'_>, directories: &[String]) {
 }
 
 /// Directory and name of an absolute path.
-fn split(path: &str) -> (&str, &str) {
+pub(super) fn split(path: &str) -> (&str, &str) {
     match path.rsplit_once('/') {
         Some(("", name)) => ("/", name),
         Some((parent, name)) => (parent, name),

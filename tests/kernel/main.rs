@@ -12,6 +12,7 @@ mod hostile;
 mod kernel_bpf;
 mod marks;
 mod nodes;
+mod probe;
 mod stage;
 mod standing;
 mod unfit;
@@ -37,6 +38,7 @@ fn main() {
         attach::TESTS,
         unfit::TESTS,
         block::TESTS,
+        probe::TESTS,
     ]
     .concat();
     let trials = tests.into_iter().map(|(name, test)| Trial::test(name, move || isolated(test))).collect();
