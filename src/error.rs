@@ -65,6 +65,16 @@ pub enum Error {
         /// In words, with the advice.
         reason: String,
     },
+    /// `verify` found a device that cannot be opened.
+    #[error("container '{container}': {reason}")]
+    Inaccessible {
+        /// Name or id.
+        container: String,
+        /// In words, with the advice.
+        reason: String,
+        /// The exit code that goes with it.
+        code: u8,
+    },
     /// Our own process lacks something.
     #[error("{0}")]
     Unfit(String),
@@ -151,7 +161,7 @@ impl Error {
             Error::TimedOut(_) => 6,
             Error::InContainer { .. } | Error::Host { .. } | Error::BadFile { .. } => 1,
             Error::Undo { first, .. } => first.exit_code(),
-            Error::Remote { code, .. } => *code,
+            Error::Remote { code, .. } | Error::Inaccessible { code, .. } => *code,
         }
     }
 

@@ -1,6 +1,6 @@
 //! `qm-hotplug attach`.
 
-use crate::cli::{Done, change, output};
+use crate::cli::{Done, absolute, change, output};
 use crate::core::destination;
 use crate::core::device::Access;
 use crate::core::protocol::{Attach, GrantInfo, Request};
@@ -48,10 +48,9 @@ pub(super) fn run(args: Args) -> Result<()> {
     let destination = args.destination.unwrap_or_else(|| args.device.clone());
     let destination = destination::check(&destination)
         .map_err(|reason| Error::BadDestination { path: destination.clone(), reason })?;
-    let device = std::path::absolute(&args.device).ok().and_then(|path| path.into_os_string().into_string().ok());
     let request = Attach {
         container: args.container,
-        device: device.ok_or_else(|| Error::Usage("a device's path must not be empty".into()))?,
+        device: absolute(&args.device)?,
         destination,
         access: args.access,
         mode: args.mode,

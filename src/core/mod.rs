@@ -1,5 +1,6 @@
 //! The pure part: words, formats and decisions. No system call, no clock, no import from the rest of this crate.
 
+mod advice;
 pub mod annotation;
 pub mod assembler;
 pub mod category;
@@ -7,7 +8,7 @@ pub mod config;
 pub mod container;
 pub mod destination;
 pub mod device;
-// pub mod explanation;
+pub mod explanation;
 pub mod filter_program;
 pub mod ledger;
 pub mod matcher;

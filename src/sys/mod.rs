@@ -1,5 +1,6 @@
 //! The kernel's edge: every system call and all the `unsafe` of this crate.
 
+mod asker;
 pub mod block;
 pub mod bpf;
 pub mod cgroup;

@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Uid, chownat, fstat,
-    fstatfs, fstatvfs, major, makedev, minor, mkdirat, mknodat, openat, openat2, renameat, renameat_with, statat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Uid, chownat, fstat,
+    fstatfs, fstatvfs, major, makedev, minor, mkdirat, mknodat, open, openat, openat2, renameat, renameat_with, statat,
     unlinkat,
 };
 use rustix::io::Errno;
@@ -141,11 +141,7 @@ fn make_in(
     }
     let temporary = temporary_name(name);
     let _ = unlinkat(directory, &*temporary, AtFlags::empty());
-    let kind = match number.kind {
-        Kind::Char => FileType::CharacterDevice,
-        Kind::Block => FileType::BlockDevice,
-    };
-    mknodat(directory, &*temporary, kind, Mode::from_raw_mode(node.mode), makedev(number.major, number.minor))
+    make_at(directory, &temporary, number, node.mode)
         .map_err(NodeError::failed(format!("make a device node in {parent}")))?;
     let placed = own(directory, &temporary, number, node)
         .and_then(|()| match found {
@@ -281,6 +277,32 @@ fn look(directory: &OwnedFd, name: &str, path: &str) -> Result<Option<Stat>, Nod
         Err(Errno::NOENT) => Ok(None),
         Err(errno) => Err(NodeError::failed(format!("look at {path}"))(errno)),
     }
+}
+
+/// The host's node of a device, open to be asked about.
+pub fn of_host(path: &str, number: Number) -> io::Result<OwnedFd> {
+    let fd = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    if number_of(&fstat(&fd)?) != Some(number) {
+        return Err(Errno::STALE.into());
+    }
+    Ok(fd)
+}
+
+/// A node of a device that the host has no node of. Its name is gone at once.
+pub fn anonymous(number: Number) -> io::Result<OwnedFd> {
+    let path = format!("/run/.qm-hotplug-probe-{}", std::process::id());
+    make_at(CWD, &path, number, 0o600)?;
+    let fd = of_host(&path, number);
+    unlinkat(CWD, &*path, AtFlags::empty())?;
+    fd
+}
+
+fn make_at(directory: impl AsFd, name: &str, number: Number, mode: u32) -> Result<(), Errno> {
+    let kind = match number.kind {
+        Kind::Char => FileType::CharacterDevice,
+        Kind::Block => FileType::BlockDevice,
+    };
+    mknodat(directory, name, kind, Mode::from_raw_mode(mode), makedev(number.major, number.minor))
 }
 
 /// The device of a node; `None` for anything that is no device node.

@@ -57,7 +57,7 @@ impl Process {
         /// CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH (linux/capability.h).
         const OVER_PERMISSIONS: u64 = 1 << 1 | 1 << 2;
         let status = procfs::process::Process::new(self.pid as i32)?.status()?;
-        let groups = status.groups.into_iter().map(|group| group as u32).collect();
+        let groups = status.groups.into_iter().collect();
         Ok(User { uid: status.fuid, gid: status.fgid, groups, capabilities: status.capeff & OVER_PERMISSIONS })
     }
 
