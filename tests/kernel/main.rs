@@ -6,6 +6,7 @@ mod support;
 mod actor;
 mod attach;
 mod block;
+mod explain;
 mod filter;
 mod foreign;
 mod hostile;
@@ -39,6 +40,7 @@ fn main() {
         unfit::TESTS,
         block::TESTS,
         probe::TESTS,
+        explain::TESTS,
     ]
     .concat();
     let trials = tests.into_iter().map(|(name, test)| Trial::test(name, move || isolated(test))).collect();
