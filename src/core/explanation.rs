@@ -267,8 +267,10 @@ fn filter(facts: &Facts<'_>, all: &mut Vec<Finding>) {
         let what = name_of(program);
         match &program.verdict {
             Alone::Refuses if refused => all.push(bad("filter", format!("refused by {what}; {map}"))),
-            // Lifted by our program, or nobody could be asked as a whole.
-            Alone::Refuses => all.push(note("filter", format!("{what} refuses it"))),
+            Alone::Refuses if has && verdict == Some(0) => {
+                all.push(note("filter", format!("refused by {what}, lifted by our grant")));
+            }
+            Alone::Refuses => all.push(note("filter", format!("refused by {what}"))),
             Alone::Unknown(reason) if verdict != Some(0) => {
                 all.push(note("filter", format!("{what} cannot be asked alone: {reason}")));
             }

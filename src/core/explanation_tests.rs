@@ -112,7 +112,11 @@ fn who_refuses_is_named_and_what_to_do() {
         facts.filter.programs =
             vec![judged("/a", "", 1, Alone::Refuses), judged("/", "", 2, Alone::Unknown("it uses maps".into()))];
     });
-    assert!(lines.iter().any(|line| line == "Note filter: the program of /a (unnamed, id 1) refuses it"));
+    assert!(
+        lines
+            .iter()
+            .any(|line| line == "Note filter: refused by the program of /a (unnamed, id 1), lifted by our grant")
+    );
     assert!(!lines.iter().any(|line| line.contains("asked alone")), "where it passes nobody needs to know: {lines:?}");
 }
 

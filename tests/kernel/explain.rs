@@ -87,13 +87,14 @@ fn the_cgroup_whose_program_refuses() {
     }
     // Both at once, and one without a name.
     c.cgroup.attach(&named);
-    let nameless = Program::load("", &[]).err();
-    assert!(nameless.is_some(), "an empty program is none");
-    inner.attach(&deny_all());
+    let nameless = refuse_only("", FULL);
+    inner.attach(&nameless);
     let refused = explained(&c, "/dev/full");
     let filter = of(&refused, "filter");
+    let unnamed = format!("{} (unnamed, id {})", inner.path, nameless.info().unwrap().id);
     assert_eq!(filter.len(), 2);
-    assert!(filter[0].contains(&inner.path) && filter[1].contains(&format!("{} (sd_devices)", c.cgroup.path)));
+    assert!(filter[0].contains(&unnamed), "{filter:?}");
+    assert!(filter[1].contains(&format!("{} (sd_devices)", c.cgroup.path)), "{filter:?}");
     let text = qm(&["explain", &c.name(), "/dev/full"]).ok();
     assert!(text.contains("\nfilter  refused by the program of ") && text.contains("\n→ qm-hotplug attach "), "{text}");
 }
@@ -130,7 +131,8 @@ fn what_is_granted_is_in_order() {
             (&json!(true), &json!("/dev/x"), &json!("/dev/full"))
         );
         assert_eq!(of(&said, "grant"), ["good: r at /dev/x, attached by hand"]);
-        assert_eq!(of(&said, "filter")[0], "good: lets r pass: our map grants r");
+        let by = format!("note: refused by the program of {} (runtime), lifted by our grant", c.cgroup.path);
+        assert_eq!(of(&said, "filter"), ["good: lets r pass: our map grants r".to_owned(), by]);
         assert_eq!(of(&said, "mode"), ["good: uid 0 of its init may"]);
         assert_eq!(said["advice"], json!([]));
     }

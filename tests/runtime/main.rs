@@ -18,6 +18,7 @@ mod refused_containers;
 mod refused_destinations;
 mod state;
 mod updates;
+mod verify;
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -50,6 +51,7 @@ fn main() {
         refusals::CASES,
         refused_destinations::CASES,
         refused_containers::CASES,
+        verify::CASES,
     ];
     let each = |(name, case): &Case| {
         let case = *case;
