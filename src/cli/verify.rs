@@ -1,7 +1,6 @@
 //! `qm-hotplug verify`.
 
 use crate::cli::{absolute, output};
-use crate::core::text::printable;
 use crate::error::Result;
 use crate::{ops, runtime};
 
@@ -35,7 +34,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         let how = if one.opened { "was opened" } else { "is accessible" };
         output::line(&match &one.reason {
             None => format!("{}: {} {how} ({})", one.container, one.path, one.access),
-            Some(reason) => format!("{}: {}: {}", one.container, one.path, printable(reason)),
+            Some(reason) => format!("{}: {}: {reason}", one.container, one.path),
         })?;
     }
     ops::verify::conclude(&proven)

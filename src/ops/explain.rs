@@ -70,9 +70,11 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
     let asks = asks(&container, &categories);
     let subject = inspection.as_ref().map_or_else(|| subject(target), |inspection| inspection.subject(target));
     let answer = match (&inspection, frozen) {
-        (Some(inspection), None) => {
-            inspection.ask(&subject, false, || NodeFd::of(target)).map_err(|error| error.chain())
-        }
+        (Some(inspection), None) => match inspection.ask(&subject, false, || NodeFd::of(target)) {
+            // That is a part of the explanation.
+            Err(error @ (Error::TimedOut(_) | Error::InContainer { .. })) => Err(error.chain()),
+            answer => Ok(answer?),
+        },
         (_, reason) => Err(reason.unwrap_or_default()),
     };
     let filter = match &inspection {
@@ -143,10 +145,10 @@ fn in_use(target: &Target, asks: &[Ask], answer: &std::result::Result<Answer, St
 fn filter(inspection: &Inspection<'_>, target: &Target, subject: &Subject) -> Result<Filter> {
     let Inspection { cgroups, holder, cgroup, .. } = inspection;
     let failed = || Error::host::<io::Error>("read the device filter");
-    let programs = foreign(cgroups, &cgroup.path).map_err(failed())?;
     let standing = DeviceFilter::standing(cgroups)?;
+    let programs = foreign(cgroups, &cgroup.path).map_err(failed())?;
     let mut filter = Filter {
-        programs: judge(cgroups, programs, target, subject.access)?,
+        programs: judge(cgroups, programs, target, subject.access),
         below: cgroup.path != holder.cgroup,
         after: standing.after,
         ..Filter::default()
@@ -191,16 +193,19 @@ fn add(found: &mut Vec<Foreign>, cgroup: String, fd: std::os::fd::BorrowedFd<'_>
 }
 
 /// Asks each program alone.
-fn judge(cgroups: &CgroupRoot, programs: Vec<Foreign>, target: &Target, access: Access) -> Result<Vec<Judged>> {
+fn judge(cgroups: &CgroupRoot, programs: Vec<Foreign>, target: &Target, access: Access) -> Vec<Judged> {
     if programs.is_empty() {
-        return Ok(Vec::new());
+        return Vec::new();
     }
-    let (scratch, node) = (Scratch::new(cgroups)?, NodeFd::of(target)?);
-    let verdict = |program: &Program| match scratch.refuses(program, node.borrow(), access) {
-        Ok(true) => Alone::Refuses,
-        Ok(false) => Alone::Allows,
-        Err(error) => Alone::Unknown(error.to_string()),
+    let asked = Scratch::new(cgroups).and_then(|scratch| Ok((scratch, NodeFd::of(target)?)));
+    let verdict = |program: &Program| match &asked {
+        Ok((scratch, node)) => match scratch.refuses(program, node.borrow(), access) {
+            Ok(true) => Alone::Refuses,
+            Ok(false) => Alone::Allows,
+            Err(error) => Alone::Unknown(error.to_string()),
+        },
+        Err(error) => Alone::Unknown(error.chain()),
     };
     let judged = |Foreign { cgroup, name, id, program }| Judged { cgroup, name, id, verdict: verdict(&program) };
-    Ok(programs.into_iter().map(judged).collect())
+    programs.into_iter().map(judged).collect()
 }

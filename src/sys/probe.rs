@@ -93,6 +93,12 @@ pub fn ask(question: &Question<'_>) -> Result<Answer> {
         (Step::Resolve, libc::ENOTDIR) => Found::Blocked(format!("{parent} is not a directory inside")),
         (Step::Resolve, _) => return Err(failed(format!("open {parent}"))),
         (Step::Find | Step::Look, _) => return Err(failed(format!("look at {path}"))),
+        (Step::BecomeUser, libc::EPERM) => {
+            return Err(Error::Unfit(
+                "CAP_SETUID or CAP_SETGID is missing, which is needed to ask as the user of a container: run as root, with sudo"
+                    .into(),
+            ));
+        }
         (Step::BecomeUser, _) => return Err(failed("ask as the user of its init".into())),
     };
     let errno = |value: i64| (value >= 0).then_some(value as i32);

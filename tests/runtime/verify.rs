@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 
 use crate::Case;
-use crate::plug::{block, console, numbers, one_of_each, tap};
+use crate::plug::{block, console, numbers, one_of_each};
 use crate::state::observe;
-use crate::support::podman::{Container, podman};
+use crate::support::podman::{Bare, Container, podman};
 use crate::support::{Agent, Said, qm, wait_for};
 
 pub(crate) const CASES: &[Case] = &[
@@ -16,6 +16,7 @@ pub(crate) const CASES: &[Case] = &[
     ("verify::init_that_is_not_root", init_that_is_not_root),
     ("explain::a_container_without_a_grant", a_container_without_a_grant),
     ("explain::what_annotations_ask_for", what_annotations_ask_for),
+    ("explain::a_container_with_a_user_namespace", a_container_with_a_user_namespace),
 ];
 
 fn json(said: &Said) -> Value {
@@ -106,13 +107,17 @@ fn a_device_is_not_touched(runtime: &str) {
     let said = qm(&["verify", &c.name, "/dev/nobody", "--open", "--json"]);
     assert_eq!((said.code, &json(&said)[0]["errno"]), (4, &json!(6)), "{said:?}");
 
-    // A macvtap counts who has it open: its queue is there after the first open(2).
-    let tap = tap();
-    qm(&["attach", &c.name, &tap.path]).ok();
+    // A console that nobody has opened yet has no screen: `/dev/vcsaN` comes with its first open(2).
+    let screen = console(60);
+    screen.unplug();
+    qm(&["attach", &c.name, "/dev/tty60"]).ok();
     for _ in 0..3 {
-        assert_eq!(verify(&c, &tap.path), accessible());
+        assert_eq!(verify(&c, "/dev/tty60"), accessible());
+        assert_eq!(explain(&c, "/dev/tty60")["accessible"], true);
     }
-    qm(&["verify", &c.name, "--open"]).ok();
+    assert!(!screen.is_there(), "it was opened");
+    qm(&["verify", &c.name, "/dev/tty60", "--open"]).ok();
+    wait_for("its screen", || screen.is_there());
 }
 
 fn a_paused_container(runtime: &str) {
@@ -125,7 +130,7 @@ fn a_paused_container(runtime: &str) {
     let line = verified.fails(5, "it is frozen");
     assert!(line.contains("podman unpause"), "{line}");
     assert_eq!(explained["accessible"], Value::Null);
-    assert!(explained["advice"][0].as_str().unwrap().contains("podman unpause"), "{explained}");
+    assert!(texts(&explained, "container", "bad")[0].contains("podman unpause"), "{explained}");
     assert_eq!(verify(&c, &device.path), accessible());
 }
 
@@ -194,4 +199,13 @@ fn what_annotations_ask_for(runtime: &str) {
     let answers = qm(&["verify", &c.name, "--json"]);
     assert_eq!((answers.code, json(&answers).as_array().unwrap().len()), (0, 8));
     agent.stop();
+}
+
+fn a_container_with_a_user_namespace(runtime: &str) {
+    let bare = Bare::start_in_user_namespace(runtime, "qmh-userns");
+    let said = json(&qm(&["explain", &bare.id, "/dev/tty7", "--json"]));
+    assert_eq!(said["accessible"], Value::Null);
+    let problem = texts(&said, "container", "bad");
+    assert!(problem.len() == 1 && problem[0].contains("user namespace"), "{said}");
+    qm(&["verify", &bare.id, "/dev/tty7"]).fails(5, "user namespace");
 }
