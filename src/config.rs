@@ -4,22 +4,19 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use crate::core::category::Categories;
-use crate::core::config::ConfigFile;
+use crate::core::settings::{File, Settings};
 
 /// A file in the second one takes the place of one with the same name in the first.
 const DIRECTORIES: [&str; 2] = ["/usr/lib/qm-hotplug/config.d", "/etc/qm-hotplug/config.d"];
 
-/// The categories of this host, and what is wrong with files that could not be taken: these are passed over, the others
+/// The settings of this host, and what is wrong with files that could not be taken: these are passed over, the others
 /// count, and a container still starts.
-pub fn categories() -> (Categories, Vec<String>) {
-    let (mut categories, mut problems) = (Categories::default(), Vec::new());
-    for path in files(&DIRECTORIES.map(Path::new)) {
+pub fn settings() -> (Settings, Vec<String>) {
+    let read = |path: PathBuf| {
         let text = std::fs::read_to_string(&path).map_err(|error| error.to_string());
-        let taken = text.and_then(|text| ConfigFile::parse(&text)).and_then(|file| categories.apply(&file));
-        problems.extend(taken.err().map(|reason| format!("{}: {reason}", path.display())));
-    }
-    (categories, problems)
+        (path.display().to_string(), text)
+    };
+    Settings::read(&files(&DIRECTORIES.map(Path::new)).into_iter().map(read).collect::<Vec<File>>())
 }
 
 /// The files to read, by name.

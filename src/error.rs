@@ -41,6 +41,31 @@ pub enum Error {
     /// The device's path does not exist.
     #[error("no device '{0}' on this host: plug it in first, or see `ls -l {parent}`", parent = parent(.0))]
     NoSuchDevice(String),
+    /// No device is meant by a selector.
+    #[error("no device matches '{0}' on this host: `qm-hotplug devices` lists what there is")]
+    NoMatch(String),
+    /// A selector means several devices.
+    #[error(
+        "'{selector}' means {count} devices, {}{}: make it narrower, or give --all",
+        candidates.join(" and "),
+        if candidates.len() < *count { " and others" } else { "" }
+    )]
+    AmbiguousDevice {
+        /// As given.
+        selector: String,
+        /// How many it means.
+        count: usize,
+        /// The first of their nodes, each with what tells it from others.
+        candidates: Vec<String>,
+    },
+    /// No container can ask for a device.
+    #[error("no annotation asks for '{device}': {reason}")]
+    NoAnnotation {
+        /// As given.
+        device: String,
+        /// In words.
+        reason: String,
+    },
     /// The path is something else than a device node.
     #[error("'{path}' is {what}, not a device node: give a path such as /dev/ttyUSB0")]
     NotADevice {
@@ -74,6 +99,16 @@ pub enum Error {
         reason: String,
         /// The exit code that goes with it.
         code: u8,
+    },
+    /// A container must not start without a device that it does not get.
+    #[error("container '{container}' does not start: {rule}: {reason}")]
+    Required {
+        /// Name and id.
+        container: String,
+        /// The annotation.
+        rule: String,
+        /// In words.
+        reason: String,
     },
     /// Our own process lacks something.
     #[error("{0}")]
@@ -151,8 +186,13 @@ impl Error {
         match self {
             Error::Usage(_) | Error::BadDestination { .. } => 2,
             Error::NoSuchContainer(_) | Error::AmbiguousContainer { .. } | Error::ContainerExited(_) => 3,
-            Error::NoSuchDevice(_) | Error::NotADevice { .. } | Error::NoSuchGrant { .. } => 4,
-            Error::Refused { .. } | Error::Unfit(_) => 5,
+            Error::NoSuchDevice(_)
+            | Error::NotADevice { .. }
+            | Error::NoMatch(_)
+            | Error::AmbiguousDevice { .. }
+            | Error::NoSuchGrant { .. }
+            | Error::Required { .. } => 4,
+            Error::Refused { .. } | Error::Unfit(_) | Error::NoAnnotation { .. } => 5,
             Error::NoDeviceFilter { source, .. } => match source.raw_os_error() {
                 // What may be otherwise at the next try is no refusal.
                 Some(libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::ENOSPC | libc::EINTR) => 1,

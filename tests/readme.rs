@@ -16,7 +16,7 @@ use libtest_mimic::{Arguments, Trial};
 use qm_hotplug::cli::Cli;
 use qm_hotplug::core::annotation::DEVICE_PREFIX;
 use qm_hotplug::core::category::Categories;
-use qm_hotplug::core::config::ConfigFile;
+use qm_hotplug::core::settings::Settings;
 use qm_hotplug::sys::host::NEEDED;
 use support::podman::Container;
 use support::{Agent, BINARY, Said, assert_nothing_left, run, wait_for};
@@ -33,13 +33,21 @@ enum At {
     Lab(&'static str),
 }
 
-const COMMANDS: [(&str, At); 16] = [
+const COMMANDS: [(&str, At); 21] = [
     ("sudo scripts/demo.sh", At::Here),
     ("sudo scripts/test.sh", At::TestScript),
     ("sudo scripts/install.sh", At::Here),
     ("sudo systemctl enable --now qm-hotplug", At::Lab("systemctl enable --now ")),
     ("sudo scripts/install.sh --uninstall", At::Here),
     ("sudo podman run -d --name app --annotation org.containers.qm.device.ttyUSB=true IMAGE", At::Here),
+    (
+        "sudo podman run -d --name zigbee --annotation 'org.containers.qm.hotplug.stick=tty;usb=10c4:ea60;serial=A1B2;as=/dev/zigbee' IMAGE",
+        At::Here,
+    ),
+    ("sudo qm-hotplug devices", At::Here),
+    ("sudo qm-hotplug devices usb=10c4:ea60", At::Here),
+    ("sudo qm-hotplug devices --annotation /dev/ttyUSB0", At::Here),
+    ("sudo qm-hotplug attach app usb=10c4:ea60 --wait 10s", At::Here),
     ("sudo qm-hotplug ps", At::Here),
     ("sudo qm-hotplug attach app /dev/video1", At::Here),
     ("sudo qm-hotplug attach app /dev/ttyUSB0 /dev/zigbee --access rw --mode 0660", At::Here),
@@ -53,8 +61,12 @@ const COMMANDS: [(&str, At); 16] = [
 ];
 
 /// Devices that every machine has, in place of those in the README.
-const STAND_INS: [(&str, &str); 3] =
-    [("/dev/video1", "/dev/tty21"), ("/dev/ttyUSB0", "/dev/tty22"), ("/dev/video2", "/dev/tty23")];
+const STAND_INS: [(&str, &str); 4] = [
+    ("/dev/video1", "/dev/tty21"),
+    ("/dev/ttyUSB0", "/dev/tty22"),
+    ("/dev/video2", "/dev/tty23"),
+    ("usb=10c4:ea60", "devname=tty23"),
+];
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -170,6 +182,22 @@ fn usage_works_as_written() {
     let agent = Agent::start();
     let app = Container::start("runc", "app", options);
     wait_for("the agent to find the container", || as_written("sudo qm-hotplug ps").ok().contains("ttyUSB"));
+    let zigbee = commands().into_iter().find(|line| line.contains("--name zigbee")).unwrap();
+    let zigbee = zigbee.split("--annotation '").nth(1).and_then(|rest| rest.split('\'').next()).unwrap();
+    let key = zigbee.split_once('=').unwrap();
+    let (rules, ignored) = qm_hotplug::core::annotation::rules([key], &Categories::default());
+    assert_eq!((rules.len(), ignored.len()), (1, 0), "{ignored:?}");
+    let second = Container::start("crun", "zigbee", &["--annotation", zigbee]);
+    wait_for("the agent to find it", || as_written("sudo qm-hotplug ps").ok().contains("stick"));
+    drop(second);
+    assert!(as_written("sudo qm-hotplug devices").ok().contains("/dev/tty23"));
+    let listed = as_written("sudo qm-hotplug devices usb=10c4:ea60").ok();
+    assert!(listed.contains("/dev/tty23") && !listed.contains("/dev/tty24"), "{listed}");
+    let annotation = as_written("sudo qm-hotplug devices --annotation /dev/ttyUSB0").ok();
+    assert_eq!(annotation.trim(), "org.containers.qm.hotplug.tty22=subsystem=tty,devname=/dev/tty22");
+    as_written("sudo qm-hotplug attach app usb=10c4:ea60 --wait 10s").ok();
+    assert!(app.opens("<>", "/dev/tty23"));
+    run(BINARY, &["detach", "app", "/dev/tty23"]).ok();
     as_written("sudo qm-hotplug attach app /dev/video1").ok();
     assert!(app.opens("<>", "/dev/tty21"));
     as_written("sudo qm-hotplug attach app /dev/ttyUSB0 /dev/zigbee --access rw --mode 0660").ok();
@@ -225,10 +253,13 @@ fn links_act_as_the_hooks_of_containers_qm() {
 }
 
 fn the_configuration_is_valid() {
-    let text = lines_of("```toml").join("\n");
-    let mut categories = Categories::default();
-    categories.apply(&ConfigFile::parse(&text).unwrap()).unwrap();
-    assert!(categories.named("usb").unwrap().enabled && categories.named("robot").is_some());
+    let blocks = README.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap().to_owned());
+    let files: Vec<_> = blocks.enumerate().map(|(at, text)| (format!("{at}.toml"), Ok(text))).collect();
+    assert!(files.len() >= 2);
+    let (settings, problems) = Settings::read(&files);
+    assert_eq!(problems, [""; 0]);
+    assert!(settings.categories.named("usb").unwrap().enabled && settings.categories.named("robot").is_some());
+    assert!(settings.policies.required.is_some() && settings.has_rules());
 }
 
 fn demo_shows_the_main_job_and_leaves_nothing() {

@@ -1,18 +1,22 @@
 //! Desired minus observed, for everything or for what one event concerns.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Instant;
 
 use crate::agent::registry::{Known, Registry};
 use crate::core::device::{Device, Kind, Number};
-use crate::core::ledger::{Entry, Grant, Granted, Holder, Origin, Placement, Withdrawal};
+use crate::core::facts::Facts;
+use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement, Withdrawal};
 use crate::core::matcher;
 use crate::core::plan::{Change, changes};
+use crate::core::rule::Rule;
+use crate::core::selection::Selection;
 use crate::core::uevent::Uevent;
 use crate::core::withdrawal::{self, Presence};
 use crate::ops::Executor;
 use crate::runtime;
 use crate::sys::process::is_gone;
+use crate::sys::sysfs::KernelSysfs;
 use crate::sys::{block, udev};
 
 /// Compares everything: at start, and when events were lost.
@@ -24,13 +28,12 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     for container in runtime::scan() {
         registry.learn(&executor.cgroups, container);
     }
-    let mut desired: Vec<Grant> =
-        registry.containers.values().flat_map(|known| wanted(executor, known, registry.devices.values())).collect();
     let observed = executor.ledger.entries().to_vec();
-    let stays = |entry: &&Entry| manual_and_valid(entry) || is_undecided(entry, registry);
-    desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
-    settle_withdrawals(executor, registry, |_, _| true, None);
-    carry_out(executor, registry, &desired, &observed, is_unplugged, None);
+    let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
+    let mut desired = wanted(executor, registry, |_| true, |_| true, stays);
+    desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
+    settle_withdrawals(executor, registry, &desired, |_, _| true, None);
+    carry_out(executor, registry, &desired, &observed, goes_with_node, None);
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
         registry.follow(&executor.cgroups, &entry.grant.holder);
@@ -39,30 +42,22 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
 
 /// A device is there: for the containers that ask for it.
 pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: Device, since: Instant) {
-    let devpath = device.identity.devpath.clone();
+    let (devpath, number) = (device.identity.devpath.clone(), device.number);
     registry.retry(&executor.cgroups);
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == devpath);
-    let mut desired: Vec<Grant> =
-        registry.containers.values().flat_map(|known| wanted(executor, known, [&device])).collect();
-    desired.retain(|grant| match other_device_at(executor, grant) {
-        None => true,
-        Some(other) => {
-            let (container, path) = (grant.holder.label(), &grant.node.path);
-            tracing::warn!(container, "{path} not granted: {} is attached there: detach it first", other.node);
-            false
-        }
-    });
     // What a person attached stays, as long as it is this very device.
-    let stays = |entry: &&Entry| {
+    let stays = |entry: &Entry| {
         entry.grant.origin == Origin::Manual
             && entry.left_over.is_none()
             && entry.grant.device.identity == device.identity
     };
-    desired.extend(observed.iter().filter(stays).map(|entry| entry.grant.clone()));
-    carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
-    let number = device.number;
-    registry.devices.insert(devpath, device);
-    settle_withdrawals(executor, registry, |_, its| its == number, None);
+    registry.devices.insert(devpath.clone(), device.clone());
+    let in_force = |entry: &Entry| entry.grant.device.identity.devpath != devpath || stays(entry);
+    let mut desired = wanted(executor, registry, |_| true, |its| its.identity.devpath == devpath, in_force);
+    desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
+    carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
+    settle_withdrawals(executor, registry, &desired, |_, its| its == number, None);
+    look_around(executor, registry, &devpath, |_| false, since);
 }
 
 /// A device is gone: from all containers.
@@ -72,24 +67,54 @@ pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event:
     // The first withdrawal loads a program, which takes as long as a hundred removals: they go first.
     let (from_start, others): (Vec<_>, Vec<_>) = observed.into_iter().partition(|entry| entry.grant.at_start);
     carry_out(executor, registry, &[], &others, |_| true, Some(since));
-    settle_withdrawals(executor, registry, |_, its| its == event.number, Some(event.number));
+    settle_withdrawals(executor, registry, &[], |_, its| its == event.number, Some(event.number));
     carry_out(executor, registry, &[], &from_start, |_| true, Some(since));
     registry.devices.remove(devpath);
+    // Another device may have waited for the path that this one had.
+    let had_path = |known: &Known| {
+        let is_its = |entry: &Entry| entry.grant.holder.id == known.container.id;
+        from_start.iter().chain(&others).any(is_its) && known.selections().any(Selection::has_fixed_paths)
+    };
+    look_around(executor, registry, devpath, had_path, since);
+}
+
+/// Looks again at the containers that pass the test, and at those whose rules look at other devices, too.
+fn look_around(
+    executor: &mut Executor,
+    registry: &mut Registry,
+    devpath: &str,
+    test: impl Fn(&Known) -> bool,
+    since: Instant,
+) {
+    let is_usb = devpath.contains("/usb");
+    let looks = |known: &Known| test(known) || is_usb && known.selections().any(Selection::looks_around);
+    let ids: Vec<String> =
+        registry.containers.values().filter(|known| looks(known)).map(|known| known.container.id.clone()).collect();
+    ids.iter().for_each(|id| all_of(executor, registry, id, since));
 }
 
 /// A container's state appeared or changed.
 pub(super) fn container(executor: &mut Executor, registry: &mut Registry, directory: usize, id: &str, since: Instant) {
     let Some(container) = runtime::load(&runtime::STATE_DIRECTORIES[directory], id) else { return };
     let is_new = registry.learn(&executor.cgroups, container);
-    let observed = entries(executor, |entry| entry.grant.holder.id == id);
-    if !is_new && !observed.is_empty() {
+    if !is_new && executor.ledger.entries().iter().any(|entry| entry.grant.holder.id == id) {
         return mark_again(executor, id);
     }
-    let Some(known) = registry.containers.get(id) else { return };
-    let mut desired: Vec<Grant> = wanted(executor, known, registry.devices.values());
-    desired.extend(observed.iter().filter(|entry| manual_and_valid(entry)).map(|entry| entry.grant.clone()));
-    settle_withdrawals(executor, registry, |known, _| known.container.id == id, None);
-    carry_out(executor, registry, &desired, &observed, is_unplugged, Some(since));
+    all_of(executor, registry, id, since);
+}
+
+/// Compares all of a container's.
+fn all_of(executor: &mut Executor, registry: &mut Registry, id: &str, since: Instant) {
+    if !registry.containers.contains_key(id) {
+        return;
+    }
+    let observed = entries(executor, |entry| entry.grant.holder.id == id);
+    let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
+    let in_force = |entry: &Entry| entry.grant.holder.id != id || stays(entry);
+    let mut desired = wanted(executor, registry, |known| known.container.id == id, |_| true, in_force);
+    desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
+    settle_withdrawals(executor, registry, &desired, |known, _| known.container.id == id, None);
+    carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
 }
 
 /// A runtime's update may have detached the mark of a container with grants: it is put back.
@@ -107,19 +132,29 @@ pub(super) fn ended(executor: &mut Executor, registry: &mut Registry, id: &str) 
     observed.iter().for_each(|entry| registry.unfollow(&entry.grant.holder));
     carry_out(executor, registry, &[], &observed, is_unplugged, None);
     executor.restore_ended();
+    // What it had, or another one may have for itself alone, is free now.
+    let is_wanted_alone = || registry.containers.values().any(|known| known.rules.iter().any(Rule::is_exclusive));
+    if observed.iter().any(|entry| entry.grant.exclusive) || !observed.is_empty() && is_wanted_alone() {
+        let devices: BTreeSet<&String> = observed.iter().map(|entry| &entry.grant.device.identity.devpath).collect();
+        let devices: Vec<Device> = devices.iter().filter_map(|path| registry.devices.get(*path)).cloned().collect();
+        devices.into_iter().for_each(|device| plugged(executor, registry, device, Instant::now()));
+    }
 }
 
 /// Withdraws what runtimes granted at a container's start where that is due, and lets it hold again where not: for the
-/// containers and numbers that pass the test. `gone` is a number whose device was just unplugged.
+/// containers and numbers that pass the test, of which `desired` has all grants. `gone` is a number whose device was just
+/// unplugged.
 fn settle_withdrawals(
     executor: &mut Executor,
     registry: &Registry,
+    desired: &[Grant],
     test: impl Fn(&Known, Number) -> bool,
     gone: Option<Number>,
 ) {
     executor.restore_ended();
     for known in registry.containers.values() {
         let (Some(holder), container) = (&known.holder, &known.container) else { continue };
+        let at_start = known.nodes_at_start();
         let numbers: BTreeSet<Number> = container.devices.iter().map(|(number, _)| *number).collect();
         for number in numbers.into_iter().filter(|number| test(known, *number)) {
             let paths = container.devices.iter().filter(|(its, _)| *its == number).map(|(_, path)| path.as_str());
@@ -128,13 +163,16 @@ fn settle_withdrawals(
                 _ if gone == Some(number) => Presence::Gone,
                 // Another one than was granted, perhaps; the host's own use of it comes first.
                 Some(device) if !has_grant(executor, holder, number) && is_used_by_host(device) => Presence::Unclear,
-                Some(device) => Presence::Here(device),
+                Some(device) => {
+                    let is_it = |grant: &Grant| grant.device.number == number && grant.holder.is_same_run(holder);
+                    Presence::Here { node: &device.node, wanted: desired.iter().any(is_it) }
+                }
                 None if paths.iter().any(|path| udev::has_number(number, path)) => Presence::Unclear,
                 None => Presence::Gone,
             };
             let is_withdrawn = executor.is_withdrawn(holder, number);
             let is_granted = has_grant(executor, holder, number);
-            let due = withdrawal::is_due(&known.rules, number, &paths, is_withdrawn || is_granted, presence);
+            let due = withdrawal::is_due(&known.rules, &at_start, number, &paths, is_withdrawn || is_granted, presence);
             let result = match (due, is_withdrawn) {
                 // Also what is withdrawn already: the act may have failed.
                 (Some(true), _) => executor.withdraw(holder, number).map(|()| {
@@ -166,41 +204,58 @@ fn is_used_by_host(device: &Device) -> bool {
     device.number.kind == Kind::Block && block::in_use(&device.node, device.number).is_some()
 }
 
-/// Another device that is plugged in and has the grant's path in its container already.
-fn other_device_at<'a>(executor: &'a Executor, grant: &Grant) -> Option<&'a Granted> {
-    let is_other = |entry: &&Entry| {
-        entry.grant.holder.is_same_run(&grant.holder)
-            && entry.grant.node.path == grant.node.path
-            && entry.grant.device.identity.devpath != grant.device.identity.devpath
-            && entry.left_over.is_none()
-            && !is_unplugged(entry)
-    };
-    executor.ledger.entries().iter().find(is_other).map(|entry| &entry.grant.device)
-}
-
 fn entries(executor: &Executor, test: impl Fn(&Entry) -> bool) -> Vec<Entry> {
     executor.ledger.entries().iter().filter(|entry| test(entry)).cloned().collect()
 }
 
-/// What a container should have of these devices. A block device that the host uses is left out, unless the container
-/// has it already: then it is the one that uses it.
-fn wanted<'a>(executor: &Executor, known: &Known, devices: impl IntoIterator<Item = &'a Device>) -> Vec<Grant> {
-    let Some(holder) = &known.holder else { return Vec::new() };
-    let mut grants = matcher::desired(holder, &known.container.devices, &known.rules, devices);
+/// What the containers that pass the test should have of the devices that do. A block device that the host uses is left
+/// out, unless the container has it already: then it is the one that uses it. So is what only one can have and another
+/// one has, first of all those whose entries in the ledger are `in_force`; that is logged.
+fn wanted(
+    executor: &Executor,
+    registry: &Registry,
+    of: impl Fn(&Known) -> bool,
+    on: impl Fn(&Device) -> bool,
+    in_force: impl Fn(&Entry) -> bool,
+) -> Vec<Grant> {
+    let (sysfs, mut grants) = (KernelSysfs::default(), Vec::new());
+    let containers: Vec<&Known> =
+        registry.containers.values().filter(|known| known.holder.is_some() && of(known)).collect();
+    for device in registry.devices.values().filter(|device| on(device)) {
+        let facts = Facts::new(device, &sysfs);
+        containers.iter().for_each(|known| known.desired(executor.host, &facts, &mut grants, &registry.said));
+    }
+    // Of a ledger that may be long, what has to do with these.
+    let place = |grant: &Grant| (grant.holder.cgroup_id, grant.node.path.clone());
+    let places: HashSet<_> = grants.iter().map(place).collect();
+    let devices: HashSet<_> = grants.iter().map(|grant| grant.device.identity.clone()).collect();
+    let is_near = |grant: &Grant| devices.contains(&grant.device.identity) || places.contains(&place(grant));
+    let valid = executor.ledger.entries().iter().filter(|entry| entry.left_over.is_none());
+    let near: HashMap<_, &Entry> =
+        valid.filter(|entry| is_near(&entry.grant)).map(|entry| (place(&entry.grant), entry)).collect();
+    let has = |grant: &Grant| near.get(&place(grant)).is_some_and(|entry| entry.grant.is_same(grant));
     grants.retain(|grant| {
         let number = grant.device.number;
-        let has_it = || executor.ledger.entries().iter().any(|entry| entry.grant.is_same(grant));
-        let has_it_from_start = grant.at_start && !executor.is_withdrawn(holder, number);
-        if number.kind == Kind::Char || has_it_from_start || has_it() {
+        let has_it_from_start = grant.at_start && !executor.is_withdrawn(&grant.holder, number);
+        if number.kind == Kind::Char || has_it_from_start || has(grant) {
             return true;
         }
         let reason = block::in_use(&grant.device.node, number);
         if let Some(reason) = &reason {
-            tracing::debug!(container = holder.label(), "{} not granted: {reason}", grant.device.node);
+            let container = grant.holder.label();
+            tracing::debug!(container, "{} not granted: {reason}", grant.device.node);
         }
         reason.is_none()
     });
-    grants
+    // A device that is gone stands in nobody's way, though its event may still be to come.
+    let counts = |entry: &&&Entry| in_force(entry) && !is_unplugged(entry);
+    let in_force: Vec<Grant> = near.values().filter(counts).map(|entry| entry.grant.clone()).collect();
+    let (kept, lost) = matcher::settle(grants, &in_force, has);
+    for (grant, reason) in lost.iter().filter_map(|lost| Some((&lost.grant, lost.reason()?))) {
+        let text = format!("{} not granted at {}: {reason}", grant.device.node, grant.node.path);
+        registry.said.once(&grant.holder.id, grant.holder.label(), text);
+    }
+    kept
 }
 
 fn has_ended(entry: &Entry) -> bool {
@@ -209,6 +264,11 @@ fn has_ended(entry: &Entry) -> bool {
 
 fn is_unplugged(entry: &Entry) -> bool {
     !udev::is_present(&entry.grant.device.identity)
+}
+
+/// What a rule no longer asks for goes with the node that the container has from its start.
+fn goes_with_node(entry: &Entry) -> bool {
+    entry.grant.at_start || is_unplugged(entry)
 }
 
 /// What is left over was to go: nobody wants it back.

@@ -1,17 +1,24 @@
 //! What the agent knows now: the devices of the host, and the containers that run.
 
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::agent::watch::Watched;
 use crate::config;
-use crate::core::annotation::{Rule, rules};
-use crate::core::category::Categories;
+use crate::core::annotation::{AT_START, Ignored, rules};
 use crate::core::container::Container;
 use crate::core::device::Device;
-use crate::core::ledger::Holder;
+use crate::core::facts::Facts;
+use crate::core::ledger::{Grant, Holder};
+use crate::core::matcher::Asking;
+use crate::core::policy::Bounds;
+use crate::core::rule::Rule;
+use crate::core::selection::{Group, Selection};
+use crate::core::settings::Settings;
 use crate::error::Error;
-use crate::ops::live::hold;
+use crate::ops::live::{groups, hold, subject};
 use crate::sys::cgroup::CgroupRoot;
+use crate::sys::host::Host;
 use crate::sys::process::Process;
 
 /// A container that runs.
@@ -21,11 +28,69 @@ pub(super) struct Known {
     pub(super) container: Container,
     /// What it asks for.
     pub(super) rules: Vec<Rule>,
+    /// What it may ask for.
+    bounds: Bounds,
     /// Its own cgroup, where it can be worked on. Looked up for containers that ask for something.
     pub(super) holder: Option<Holder>,
+    /// Its `/etc/group`, once it was asked for.
+    groups: OnceCell<String>,
     /// Held so that its end is heard of.
     _init: Process,
     token: u64,
+}
+
+impl Known {
+    /// Adds what it asks for on a device, or logs why it does not get it.
+    pub(super) fn desired(&self, host: Host, facts: &Facts<'_>, grants: &mut Vec<Grant>, said: &Said) {
+        let Some(holder) = &self.holder else { return };
+        let group = |name: &str| {
+            let read = || groups(&self.container, host).inspect_err(|error| tracing::warn!("{}", error.chain()));
+            Group::number_in(name, self.groups.get_or_init(|| read().unwrap_or_default()))
+        };
+        let (rules, bounds) = (&self.rules, &self.bounds);
+        let asking = Asking { holder, named: &self.container.devices, rules, bounds, group: &group };
+        let mut refused = Vec::new();
+        asking.desired(facts, grants, &mut refused);
+        for one in refused {
+            let text = format!("{} not granted by {}: {}", one.device, one.rule, one.reason);
+            said.once(&holder.id, holder.label(), text);
+        }
+    }
+
+    /// The selectors that it asks with.
+    pub(super) fn selections(&self) -> impl Iterator<Item = &Selection> {
+        self.rules.iter().filter_map(Rule::selection)
+    }
+
+    /// The paths of the nodes that the hook has made for selectors.
+    pub(super) fn nodes_at_start(&self) -> Vec<String> {
+        let text = self.container.annotations.get(AT_START);
+        text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
+    }
+}
+
+/// How much of what was said is remembered.
+const REMEMBERED: usize = 10_000;
+
+/// What was said of containers, so that it is not said again at each event.
+#[derive(Debug, Default)]
+pub(super) struct Said(RefCell<BTreeSet<(String, String)>>);
+
+impl Said {
+    /// Warns, if that was not said before of the container with this id.
+    pub(super) fn once(&self, id: &str, container: &str, text: String) {
+        let mut said = self.0.borrow_mut();
+        if said.len() >= REMEMBERED {
+            said.clear();
+        }
+        if said.insert((id.to_owned(), text.clone())) {
+            tracing::warn!(container, "{text}");
+        }
+    }
+
+    fn forget(&self, id: &str) {
+        self.0.borrow_mut().retain(|(its, _)| its != id);
+    }
 }
 
 /// Devices and containers.
@@ -39,13 +104,15 @@ pub(super) struct Registry {
     others: HashMap<String, (Process, u64)>,
     /// Ids of the cgroups that are watched, those of containers with grants.
     cgroups: BTreeSet<u64>,
-    categories: Categories,
+    settings: Settings,
+    /// What was said already.
+    pub(super) said: Said,
     watched: Watched,
 }
 
 impl Registry {
     pub(super) fn new(watched: Watched) -> Registry {
-        let (categories, problems) = config::categories();
+        let (settings, problems) = config::settings();
         for problem in problems {
             tracing::warn!("passed over: {problem}");
         }
@@ -54,12 +121,14 @@ impl Registry {
             containers: HashMap::new(),
             others: HashMap::new(),
             cgroups: BTreeSet::new(),
-            categories,
+            settings,
+            said: Said::default(),
             watched,
         }
     }
 
-    /// Takes in a container, or what is new about it. Returns whether it is a run that was not known before.
+    /// Takes in a container, or what is new about it. Returns whether what it asks for and may have has to be looked at:
+    /// it is a run that was not known before, or its name, by which rules and policies go, was not.
     pub(super) fn learn(&mut self, cgroups: &CgroupRoot, container: Container) -> bool {
         let old = self.containers.get_mut(&container.id);
         let is_same_run =
@@ -68,14 +137,14 @@ impl Registry {
         let is_new = old.is_none();
         if let Some(old) = old {
             // The name may have been out of sight while the container was being created.
-            old.container.name = old.container.name.take().or_else(|| container.name.clone());
+            let is_named = old.container.name.is_none() && container.name.is_some();
             // A run that could not be worked on may have been starting still; any other is known well.
-            if old.holder.is_some() || old.rules.is_empty() {
+            if !is_named && (old.holder.is_some() || old.rules.is_empty()) {
                 return false;
             }
         }
         let Some(init) = Process::open_same(container.pid, container.start_time) else { return false };
-        let (rules, ignored) = rules(container.annotations(), &self.categories);
+        let (rules, ignored) = rules_of(&self.settings, &container);
         for annotation in ignored.iter().filter(|_| is_new) {
             tracing::warn!(
                 container = container.label(),
@@ -103,27 +172,42 @@ impl Registry {
             }
         };
         tracing::debug!(container = container.label(), id = container.id, "known");
-        self.containers.insert(container.id.clone(), Known { container, rules, holder, _init: init, token });
+        let bounds = self.bounds_of(&container, holder.as_ref());
+        let groups = OnceCell::new();
+        let known = Known { container, rules, bounds, holder, groups, _init: init, token };
+        self.containers.insert(known.container.id.clone(), known);
         true
     }
 
     /// Reads the host's configuration again. Where a file is wrong, all stays as it was.
     pub(super) fn reconfigure(&mut self) {
-        let (categories, problems) = config::categories();
+        let (settings, problems) = config::settings();
         if !problems.is_empty() {
             return problems.iter().for_each(|problem| tracing::error!("the configuration stays as it was: {problem}"));
         }
-        self.categories = categories;
+        self.settings = settings;
+        self.said = Said::default();
+        let wants_image = self.settings.policies.look_at_images();
         for known in self.containers.values_mut() {
-            known.rules = rules(known.container.annotations(), &self.categories).0;
+            known.rules = rules_of(&self.settings, &known.container).0;
+            let subject = subject(&known.container, known.holder.as_ref(), wants_image);
+            known.bounds = self.settings.policies.bounds(&subject);
         }
+    }
+
+    fn bounds_of(&self, container: &Container, holder: Option<&Holder>) -> Bounds {
+        let policies = &self.settings.policies;
+        policies.bounds(&subject(container, holder, policies.look_at_images()))
     }
 
     /// Looks again at containers that ask for something and could not be worked on when they were last looked at: they
     /// may have been starting still.
     pub(super) fn retry(&mut self, cgroups: &CgroupRoot) {
+        let policies = &self.settings.policies;
         for known in self.containers.values_mut().filter(|known| known.holder.is_none() && !known.rules.is_empty()) {
             known.holder = hold(cgroups, &known.container).ok();
+            let subject = subject(&known.container, known.holder.as_ref(), policies.look_at_images());
+            known.bounds = policies.bounds(&subject);
         }
     }
 
@@ -155,6 +239,7 @@ impl Registry {
         let known = self.containers.iter().find(|(_, known)| known.token == token).map(|(id, _)| id.clone());
         if let Some(id) = known {
             self.containers.remove(&id);
+            self.said.forget(&id);
             return Some(id);
         }
         let id = self.others.iter().find(|(_, (_, its_token))| *its_token == token).map(|(id, _)| id.clone())?;
@@ -166,4 +251,11 @@ impl Registry {
     pub(super) fn snapshot(&self) -> Vec<Container> {
         self.containers.values().map(|known| known.container.clone()).collect()
     }
+}
+
+/// What the container asks for by annotations, and what it gets without asking.
+fn rules_of(settings: &Settings, container: &Container) -> (Vec<Rule>, Vec<Ignored>) {
+    let (mut all, ignored) = rules(container.annotations(), &settings.categories);
+    all.splice(0..0, settings.rules_for(&subject(container, None, false)));
+    (all, ignored)
 }

@@ -12,11 +12,11 @@ use std::fs;
 use std::io;
 use std::process::ExitCode;
 
-use qm_hotplug::core::annotation::Rule;
-use qm_hotplug::core::device::{Kind, Number};
+use qm_hotplug::core::device::{Access, Kind, Number};
+use qm_hotplug::core::rule::Rule;
 use qm_hotplug::core::spec::SpecDevice;
 use qm_hotplug::core::text::printable;
-use qm_hotplug::precreate::discovery::{Discovery, Found, Host};
+use qm_hotplug::precreate::discovery::{Discovery, Found, Host, Request};
 use qm_hotplug::precreate::{Hook, Surroundings, run};
 use qm_hotplug::sys::devfs;
 
@@ -41,16 +41,17 @@ fn main() -> ExitCode {
 struct Environment;
 
 impl Discovery for Environment {
-    fn devices(&self, rule: &Rule) -> io::Result<Found> {
+    fn devices(&self, rule: &Rule, request: &Request<'_>) -> io::Result<Found> {
         let names: &[&str] = match rule {
             Rule::Seat(_) => &["INPUT", "GPU"],
             Rule::Category(category) if category.name == "wayland-client.gpu" => &["GPU"],
             Rule::Category(category) => &[&category.name.to_ascii_uppercase()],
+            Rule::Selection(_) => &[],
         };
         let lists: Vec<String> =
             names.iter().filter_map(|name| env::var(format!("TEST_MOCK_{name}_DEVICES")).ok()).collect();
         if lists.is_empty() {
-            return Host.devices(rule);
+            return Host.devices(rule, request);
         }
         let mut found = Found::default();
         for path in lists.iter().flat_map(|list| list.split(',')).filter(|path| !path.is_empty()) {
@@ -71,5 +72,5 @@ fn made_up(path: &str) -> Option<SpecDevice> {
     }
     let minor = path.bytes().fold(0, |hash: u32, byte| hash.wrapping_mul(31).wrapping_add(byte.into())) & 0xf_ffff;
     let number = Number { kind: Kind::Char, major: 240, minor };
-    Some(SpecDevice { path: path.to_owned(), number, mode: 0o660, uid: 0, gid: 0 })
+    Some(SpecDevice { path: path.to_owned(), number, mode: 0o660, uid: 0, gid: 0, access: Access::ALL })
 }

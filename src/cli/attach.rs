@@ -1,10 +1,24 @@
 //! `qm-hotplug attach`.
 
+use std::path::Path;
+use std::time::{Duration, Instant};
+
 use crate::cli::{Done, absolute, change, output};
+use crate::config;
+use crate::core::container::Reference;
 use crate::core::destination;
-use crate::core::device::Access;
+use crate::core::device::{Access, Device};
+use crate::core::facts::Facts;
+use crate::core::glob::Glob;
+use crate::core::grammar::{Author, duration, selection};
 use crate::core::protocol::{Attach, GrantInfo, Request};
+use crate::core::selection::{Group, Options, Selection};
+use crate::core::selector::{Key, Selector, Term, Test};
 use crate::error::{Error, Result};
+use crate::ops::live::lookup;
+use crate::sys::arrival::Arrivals;
+use crate::sys::sysfs::KernelSysfs;
+use crate::sys::udev;
 use crate::{ops, runtime};
 
 /// Arguments of `attach`.
@@ -13,15 +27,16 @@ pub struct Args {
     /// Container: name, id, podman:NAME or pid:N
     #[arg(value_name = "CTR")]
     container: String,
-    /// Device on the host, such as /dev/video1 or /dev/serial/by-id/…; links are followed
+    /// Device on the host: a path such as /dev/video1 or /dev/serial/by-id/…, links are followed; or a selector such as
+    /// usb=10c4:ea60
     #[arg(value_name = "DEV")]
     device: String,
-    /// Path of the node in the container [default: DEV as typed]
+    /// Path of the node in the container [default: DEV as typed, or the device's own]
     #[arg(value_name = "DEST")]
     destination: Option<String>,
-    /// Rights: a subset of r (read), w (write) and m (mknod)
-    #[arg(long, default_value = "rwm", value_parser = |text: &str| text.parse::<Access>())]
-    access: Access,
+    /// Rights: a subset of r (read), w (write) and m (mknod) [default: rwm]
+    #[arg(long, value_parser = |text: &str| text.parse::<Access>())]
+    access: Option<Access>,
     /// Permission bits of the node in octal [default: the host node's]
     #[arg(long, value_parser = octal)]
     mode: Option<u32>,
@@ -31,7 +46,13 @@ pub struct Args {
     /// Group of the node, a number [default: the host node's]
     #[arg(long)]
     gid: Option<u32>,
-    /// Print the grant as JSON
+    /// Wait for the device to be plugged in: 10s, 500ms, 1m
+    #[arg(long, value_name = "TIME", value_parser = |text: &str| duration(text).ok_or("a time is expected, such as 10s"))]
+    wait: Option<Duration>,
+    /// All devices that the selector means, not just one
+    #[arg(long)]
+    all: bool,
+    /// Print the grant as JSON; with --all an array
     #[arg(long)]
     json: bool,
 }
@@ -43,34 +64,138 @@ fn octal(text: &str) -> std::result::Result<u32, String> {
     }
 }
 
+/// How many of the devices that a selector means are named when it means too many.
+const SHOWN: usize = 10;
+
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
-    let destination = args.destination.unwrap_or_else(|| args.device.clone());
-    let destination = destination::check(&destination)
-        .map_err(|reason| Error::BadDestination { path: destination.clone(), reason })?;
+    let (devices, options) = match (selector(&args.device)?, args.wait) {
+        (Some(selection), wait) => {
+            let devices = find(&args, &selection, wait.or(selection.options.wait))?;
+            (devices, selection.options)
+        }
+        (None, Some(wait)) => (find(&args, &exactly(&args.device), Some(wait))?, Options::default()),
+        (None, None) => (Vec::new(), Options::default()),
+    };
+    let destination = args.destination.clone().or(options.path.clone());
+    if devices.len() > 1 && destination.is_some() {
+        return Err(Error::Usage(format!(
+            "'{}' means {} devices, which cannot all be at one path: leave DEST and as= out",
+            args.device,
+            devices.len()
+        )));
+    }
+    let mut grants = Vec::new();
+    let nodes = match selector(&args.device)? {
+        Some(_) => devices.into_iter().map(|device| (device.node.clone(), device.node)).collect(),
+        None => vec![(absolute(&args.device)?, args.device.clone())],
+    };
+    for (device, typed) in nodes {
+        let destination = destination.clone().unwrap_or(typed);
+        grants.push(attach(&args, &options, device, &destination)?);
+    }
+    if grants.iter().any(|(_, by_agent)| !by_agent) {
+        eprintln!("no agent: stays until detach; an unplug is not followed");
+    }
+    let grants: Vec<GrantInfo> = grants.into_iter().map(|(grant, _)| grant).collect();
+    match (&*grants, args.json, args.all) {
+        (all, true, true) => output::json(&all),
+        ([one], true, false) => output::json(one),
+        (all, ..) => all.iter().try_for_each(|grant| {
+            output::line(&format!(
+                "{}: {} is {} with access {}",
+                grant.container, grant.path, grant.device, grant.access
+            ))
+        }),
+    }
+}
+
+/// Attaches one device. Says whether an agent did it.
+fn attach(args: &Args, options: &Options, device: String, destination: &str) -> Result<(GrantInfo, bool)> {
+    let destination = destination::check(destination)
+        .map_err(|reason| Error::BadDestination { path: destination.to_owned(), reason })?;
+    let gid = options.gid.as_ref().and_then(|gid| if let Group::Number(gid) = gid { Some(*gid) } else { None });
     let request = Attach {
-        container: args.container,
-        device: absolute(&args.device)?,
+        container: args.container.clone(),
+        device,
         destination,
-        access: args.access,
-        mode: args.mode,
-        uid: args.uid,
-        gid: args.gid,
+        access: args.access.or(options.access).unwrap_or(Access::ALL),
+        mode: args.mode.or(options.mode),
+        uid: args.uid.or(options.uid),
+        gid: args.gid.or(gid),
     };
     let done = change(&Request::Attach(request.clone()), |executor| {
         ops::request::attach(executor, &runtime::scan(), &request)
     })?;
-    let (grant, by_agent): (GrantInfo, bool) = match done {
+    Ok(match done {
         Done::ByAgent(grant) => (grant, true),
         Done::Here(grant) => (grant, false),
+    })
+}
+
+/// What was typed as a selector; `None` for a path.
+fn selector(typed: &str) -> Result<Option<Selection>> {
+    let is_path = typed.starts_with(['/', '.']) || !typed.contains('=') && Path::new(typed).exists();
+    if typed.is_empty() || is_path {
+        return Ok(None);
+    }
+    let (settings, _) = config::settings();
+    let bad = |reason: String| Error::Usage(format!("'{typed}' is neither a path nor a selector: {reason}"));
+    let found = selection("", typed, &settings.categories, Author::Root).map_err(|error| bad(error.to_string()))?;
+    let Options { links, udev_links, gid, required, exclusive, children, .. } = &found.options;
+    let is_of_rules = !links.is_empty() || *udev_links || *required || *exclusive || *children;
+    if is_of_rules || matches!(gid, Some(Group::Name(_))) {
+        return Err(bad("of the options, attach takes as, access, mode, uid, gid (a number) and wait".into()));
+    }
+    Ok(Some(found))
+}
+
+/// The device at that path, or that udev has made that link to.
+fn exactly(path: &str) -> Selection {
+    let test = Test::Value(Key::Devname, Glob::exactly(path));
+    let selector = Selector { terms: vec![Term { negated: false, test }], withheld: Vec::new() };
+    Selection { selector, ..Selection::default() }
+}
+
+/// The devices that the selector means: one, unless all are asked for.
+fn find(args: &Args, selection: &Selection, wait: Option<Duration>) -> Result<Vec<Device>> {
+    let look = || -> Result<Vec<Device>> {
+        let sysfs = KernelSysfs::default();
+        let mut devices = udev::scan().map_err(Error::host("list the devices of this host"))?;
+        devices.retain(|device| selection.matches(&Facts::new(device, &sysfs)).is_some());
+        devices.sort_by(|a, b| a.identity.devpath.cmp(&b.identity.devpath));
+        Ok(devices)
     };
-    if args.json {
-        output::json(&grant)?;
-    } else {
-        output::line(&format!("{}: {} is {} with access {}", grant.container, grant.path, grant.device, grant.access))?;
+    // A device is waited for only where there is a container for it.
+    lookup(&runtime::scan(), &Reference::parse(&args.container).map_err(Error::Usage)?)?;
+    let waiting = Error::host("wait for device events");
+    let arrivals = wait.map(|_| Arrivals::listen()).transpose().map_err(waiting)?;
+    let deadline = Instant::now() + wait.unwrap_or_default();
+    let mut found = look()?;
+    while found.is_empty() {
+        let Some(arrivals) = &arrivals else { return Err(Error::NoMatch(args.device.clone())) };
+        if !arrivals.wait(deadline).map_err(Error::host("wait for device events"))? {
+            let (device, wait) = (&args.device, wait.unwrap_or_default());
+            return Err(Error::TimedOut(format!("no device that matches '{device}' was plugged in within {wait:?}")));
+        }
+        found = look()?;
     }
-    if !by_agent {
-        eprintln!("no agent: stays until detach; an unplug is not followed");
+    if found.len() > 1 && !args.all {
+        let candidates = found.iter().map(|device| candidate(&Facts::new(device, &KernelSysfs::default())));
+        let (selector, count) = (args.device.clone(), found.len());
+        return Err(Error::AmbiguousDevice { selector, count, candidates: candidates.take(SHOWN).collect() });
     }
-    Ok(())
+    Ok(found)
+}
+
+/// A node, with what tells its device from others.
+fn candidate(facts: &Facts<'_>) -> String {
+    let node = &facts.device.node;
+    match facts.usb() {
+        Some(usb) => match &usb.serial {
+            Some(serial) => format!("{node} (serial={serial}, port={})", usb.port()),
+            None => format!("{node} (port={})", usb.port()),
+        },
+        None => node.clone(),
+    }
 }

@@ -2,6 +2,7 @@
 
 mod attach;
 mod detach;
+mod devices;
 mod explain;
 mod list;
 mod output;
@@ -30,7 +31,8 @@ pub struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 no such container, 4 no such device, 5 refused, 6 timed out.\n\
-                          CTR is a container's name, id, beginning of an id, podman:NAME or pid:N.";
+                          CTR is a container's name, id, beginning of an id, podman:NAME or pid:N.\n\
+                          SELECTOR is a list such as ttyUSB,usb=10c4:ea60,serial=A1B2; see the README.";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -42,6 +44,8 @@ pub enum Command {
     /// Show the grants in force
     #[command(alias = "ls")]
     List(list::Args),
+    /// Show the devices of this host, with what selectors can ask of them
+    Devices(devices::Args),
     /// Show the running containers that are found, with what they ask for
     Ps(ps::Args),
     /// Say why a container can or cannot open a device, and what to do
@@ -70,6 +74,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Attach(args) => attach::run(args),
         Command::Detach(args) => detach::run(args),
         Command::List(args) => list::run(args),
+        Command::Devices(args) => devices::run(args),
         Command::Ps(args) => ps::run(args),
         Command::Explain(args) => explain::run(args),
         Command::Verify(args) => verify::run(args),

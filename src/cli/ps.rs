@@ -5,10 +5,10 @@ use serde::Serialize;
 use crate::cli::output;
 use crate::config;
 use crate::core::annotation::rules;
-use crate::core::category::Categories;
 use crate::core::container::{Container, Runtime};
+use crate::core::settings::Settings;
 use crate::error::Result;
-use crate::ops::live::hold;
+use crate::ops::live::{hold, subject};
 use crate::runtime;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::host::require_fitness;
@@ -40,9 +40,9 @@ struct ContainerInfo {
 pub(super) fn run(args: Args) -> Result<()> {
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
-    let (categories, _) = config::categories();
+    let (settings, _) = config::settings();
     let mut containers: Vec<ContainerInfo> =
-        runtime::scan().into_iter().map(|container| info(&cgroups, &categories, container)).collect();
+        runtime::scan().into_iter().map(|container| info(&cgroups, &settings, container)).collect();
     containers.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
     if args.json {
         return output::json(&containers);
@@ -60,12 +60,14 @@ pub(super) fn run(args: Args) -> Result<()> {
     output::table(&["NAME", "ID", "RUNTIME", "PID", "ASKS FOR", "PROBLEM"], rows)
 }
 
-fn info(cgroups: &CgroupRoot, categories: &Categories, container: Container) -> ContainerInfo {
+fn info(cgroups: &CgroupRoot, settings: &Settings, container: Container) -> ContainerInfo {
+    let mut asks = settings.rules_for(&subject(&container, None, false));
+    asks.extend(rules(container.annotations(), &settings.categories).0);
     let held = hold(cgroups, &container);
     ContainerInfo {
         cgroup: held.as_ref().ok().map(|holder| holder.cgroup.clone()),
         problem: held.err().map(|error| error.chain()),
-        asks: rules(container.annotations(), categories).0.iter().map(ToString::to_string).collect(),
+        asks: asks.iter().map(ToString::to_string).collect(),
         name: container.name,
         id: container.id,
         runtime: container.runtime,

@@ -1,15 +1,15 @@
 //! What to do where a container cannot open a device.
 
 use crate::core::annotation::DEVICE_PREFIX;
-use crate::core::explanation::{Ask, Facts};
+use crate::core::explanation::{Ask, Situation, allowed};
 use crate::core::proof::{Found, Seen, Subject};
 
 /// What a rule's grant is compared by again.
 const COMPARES: &str = "which compares what annotations ask for with what is there";
 
 /// Each a clause. Empty where nothing could be asked: the reason for that says what to do.
-pub(super) fn advice(facts: &Facts<'_>) -> Vec<String> {
-    let Facts { container, node, filter, .. } = facts;
+pub(super) fn advice(facts: &Situation<'_>) -> Vec<String> {
+    let Situation { container, node, filter, .. } = facts;
     let Subject { path, number, .. } = &facts.subject;
     if facts.device.is_none() {
         return vec![format!("plug {node} in")];
@@ -46,14 +46,14 @@ pub(super) fn advice(facts: &Facts<'_>) -> Vec<String> {
     all
 }
 
-fn attach(facts: &Facts<'_>) -> String {
-    let Facts { container, node, subject, .. } = facts;
+fn attach(facts: &Situation<'_>) -> String {
+    let Situation { container, node, subject, .. } = facts;
     let destination = if subject.path == *node { String::new() } else { format!(" {}", subject.path) };
     format!("qm-hotplug attach {container} {node}{destination}")
 }
 
 /// How the container would get the device.
-fn get(facts: &Facts<'_>, is_taken: bool) -> String {
+fn get(facts: &Situation<'_>, is_taken: bool) -> String {
     let attach = match is_taken {
         true => {
             format!("qm-hotplug attach {} {} DEST, with another path inside as DEST", facts.container, facts.node)
@@ -61,7 +61,7 @@ fn get(facts: &Facts<'_>, is_taken: bool) -> String {
         false => attach(facts),
     };
     let asks_for = |ask: &Ask| match (&ask.rule, facts.device) {
-        (Ok(rule), Some(device)) => rule.matches(device),
+        (Ok(rule), Some(device)) => allowed(rule, facts.bounds, device).is_ok(),
         _ => false,
     };
     if facts.asks.iter().any(asks_for) {
@@ -73,22 +73,25 @@ fn get(facts: &Facts<'_>, is_taken: bool) -> String {
             (None, true) => format!("see why the agent has not granted it: journalctl -t qm-hotplug; or {attach}"),
         };
     }
-    let annotation = facts.category.map(|category| {
-        let enable = if category.enabled { "" } else { ", which has to be enabled" };
-        format!(", or start it with --annotation {DEVICE_PREFIX}{}=true{enable}", category.name)
-    });
-    attach + &annotation.unwrap_or_default()
+    let annotation = match facts.category {
+        Some(category) => {
+            let enable = if category.enabled { "" } else { ", which has to be enabled" };
+            format!("--annotation {DEVICE_PREFIX}{}=true{enable}", category.name)
+        }
+        None => format!("the annotation that `qm-hotplug devices --annotation {}` prints", facts.node),
+    };
+    format!("{attach}, or start it with {annotation}")
 }
 
 fn permissions(
-    facts: &Facts<'_>,
+    facts: &Situation<'_>,
     seen: &Seen,
     user: Option<i32>,
     directory: bool,
     attach: &str,
     all: &mut Vec<String>,
 ) {
-    let Facts { container, node, subject, .. } = facts;
+    let Situation { container, node, subject, .. } = facts;
     if seen.nodev {
         all.push(format!("qm-hotplug attach {container} {node} DEST, with a path below /dev as DEST"));
     }

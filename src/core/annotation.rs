@@ -1,58 +1,26 @@
 //! The annotations of a container that ask for devices.
 
-use std::fmt;
 use std::sync::Arc;
 
-use crate::core::category::{Categories, Category, render_nodes};
-use crate::core::device::{Device, Kind, Number};
+use crate::core::category::{Categories, render_nodes};
+use crate::core::grammar::{self, Author, selection};
+use crate::core::rule::Rule;
 use crate::core::seat::{self, Seat};
+use crate::core::selection::Selection;
 use crate::core::text::excerpt;
 
 /// What precedes all of ours and of containers/qm's.
 pub const PREFIX: &str = "org.containers.qm.";
 /// What precedes a category's name; the same as containers/qm's device manager reads.
 pub const DEVICE_PREFIX: &str = "org.containers.qm.device.";
+/// What precedes the name of a rule whose value is a selector with options.
+pub const HOTPLUG_PREFIX: &str = "org.containers.qm.hotplug.";
+/// Written by the hook into the specification: the paths of the nodes that it added for selectors, as a JSON array.
+pub const AT_START: &str = "org.containers.qm.nodes-at-start";
 /// Asks for what belongs to the seat that is its value.
 pub const SEAT: &str = "org.containers.qm.wayland.seat";
 /// Asks for render nodes.
 pub const GPU: &str = "org.containers.qm.wayland-client.gpu";
-
-/// What a container asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Rule {
-    /// All devices of a category.
-    Category(Arc<Category>),
-    /// All devices of a seat.
-    Seat(Seat),
-}
-
-impl Rule {
-    /// Whether it asks for the device.
-    pub fn matches(&self, device: &Device) -> bool {
-        match self {
-            Rule::Category(category) => category.contains(device),
-            Rule::Seat(seat) => seat.has(device),
-        }
-    }
-
-    /// Whether a device that is gone may have been granted by it, judged by its node alone.
-    pub fn may_stand_for(&self, number: Number, node: &str) -> bool {
-        match self {
-            Rule::Category(category) => category.kind == number.kind && category.contains_node(node),
-            Rule::Seat(_) => number.kind == Kind::Char && seat::may_have(node),
-        }
-    }
-}
-
-/// The category's or the seat's name.
-impl fmt::Display for Rule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Rule::Category(category) => f.write_str(&category.name),
-            Rule::Seat(seat) => f.write_str(&seat.name),
-        }
-    }
-}
 
 /// An annotation of ours that grants nothing, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,12 +29,20 @@ pub struct Ignored {
     pub key: String,
     /// In words, to follow `annotation KEY ignored: `.
     pub reason: String,
+    /// Whether the container must not start without it.
+    pub required: bool,
 }
 
 /// What an annotation's value switches on, where it is in order; else why not, in words. `None` for annotations that
 /// are not ours.
 pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Rule, Ignored>> {
-    let name = key.strip_prefix(PREFIX)?;
+    let name = key.strip_prefix(PREFIX).filter(|_| key != AT_START)?;
+    if let Some(name) = key.strip_prefix(HOTPLUG_PREFIX) {
+        // A selector that cannot be read may have been one without which the container must not start.
+        let required = value.split(',').any(|item| item.trim() == "required");
+        let rule = hotplug(name, value, categories).map(|selection| Rule::Selection(Arc::new(selection)));
+        return Some(rule.map_err(|reason| Ignored { key: excerpt(key), reason, required }));
+    }
     let is_on = matches!(value, "true" | "1" | "yes");
     let is_not_on = || Err(format!("'{value}' is none of true, 1 and yes"));
     let rule = match (key.strip_prefix(DEVICE_PREFIX), key) {
@@ -88,21 +64,49 @@ pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Ru
         (None, GPU) => is_not_on(),
         _ => Err(format!("there is no annotation '{name}'")),
     };
-    Some(rule.map_err(|reason| Ignored { key: excerpt(key), reason: excerpt(&reason) }))
+    Some(rule.map_err(|reason| Ignored { key: excerpt(key), reason: excerpt(&reason), required: false }))
 }
 
-/// The rules of a container. What asks for nothing is returned beside them, to be logged.
+/// An annotation that is the rest of a selector: podman 4.3 cuts the value of `--annotation` at each comma.
+pub fn cut_off<'a>(keys: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    keys.into_iter().find(|key| grammar::is_key(key))
+}
+
+/// The rule, unless it is a selector that may have been cut: it would stand for more devices than it was to.
+pub fn whole(rule: Rule, key: &str, value: &str, cut: Option<&str>) -> Result<Rule, Ignored> {
+    let Some(cut) = cut.filter(|_| rule.selection().is_some()) else { return Ok(rule) };
+    let reason = format!(
+        "there is an annotation '{cut}', so podman has cut a selector at its commas: write ';' in their place, {key}={value};{cut}=…"
+    );
+    let required = rule.selection().is_some_and(|selection| selection.options.required);
+    Err(Ignored { key: excerpt(key), reason: excerpt(&reason), required })
+}
+
+fn hotplug(name: &str, value: &str, categories: &Categories) -> Result<Selection, String> {
+    let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    if name.is_empty() || name.len() > 64 || !name.bytes().all(is_name) {
+        return Err("its name must have 1 to 64 letters, digits, '.', '_' and '-' behind 'hotplug.'".into());
+    }
+    selection(name, value, categories, Author::Container).map_err(|error| error.to_string())
+}
+
+/// The rules of a container, selectors first: what they say of a node counts before what a category says. What asks for
+/// nothing is returned beside them, to be logged.
 pub fn rules<'a>(
     annotations: impl IntoIterator<Item = (&'a str, &'a str)>,
     categories: &Categories,
 ) -> (Vec<Rule>, Vec<Ignored>) {
     let (mut rules, mut ignored) = (Vec::new(), Vec::new());
-    for found in annotations.into_iter().filter_map(|(key, value)| rule(key, value, categories)) {
-        match found {
+    let annotations: Vec<(&str, &str)> = annotations.into_iter().collect();
+    let cut = cut_off(annotations.iter().map(|(key, _)| *key));
+    for (key, value) in annotations {
+        let Some(found) = rule(key, value, categories) else { continue };
+        match found.and_then(|rule| whole(rule, key, value, cut)) {
             Ok(rule) => rules.push(rule),
             Err(one) => ignored.push(one),
         }
     }
+    rules.sort_by_key(|rule: &Rule| rule.selection().is_none());
     (rules, ignored)
 }
 
@@ -157,6 +161,18 @@ mod tests {
         assert!(reason.contains("enable = [\"usb\"]"), "{reason}");
         let foreign = [("io.podman.annotations.label", "x"), ("org.containers.qmx", "true")];
         assert_eq!(rules(foreign, &Categories::default()), (vec![], vec![]));
+    }
+
+    #[test]
+    fn a_selector_that_was_cut_at_its_comma_stands_for_nothing() {
+        let asked = [("as", "/dev/zigbee"), ("org.containers.qm.hotplug.zigbee", "tty"), ("foo", "bar")];
+        let (found, ignored) = rules(asked, &Categories::default());
+        assert_eq!(found, []);
+        assert!(ignored[0].reason.contains("there is an annotation 'as'"), "{ignored:?}");
+        let (found, _) = rules(asked[1..].iter().copied(), &Categories::default());
+        assert_eq!(found.len(), 1);
+        let (found, _) = rules([asked[0], ("org.containers.qm.device.video", "true")], &Categories::default());
+        assert_eq!(found.len(), 1, "categories have no commas");
     }
 
     #[test]

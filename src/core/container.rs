@@ -48,6 +48,10 @@ pub struct Container {
     pub annotations: BTreeMap<String, String>,
     /// Devices that its OCI specification names, each with the path of its node inside: its runtime grants them.
     pub devices: Vec<(Number, String)>,
+    /// The directory of its OCI bundle, where one is known.
+    pub bundle: Option<String>,
+    /// The user who runs it.
+    pub owner: u32,
 }
 
 impl Container {
@@ -145,6 +149,8 @@ mod tests {
             cgroup: None,
             annotations: BTreeMap::new(),
             devices: Vec::new(),
+            bundle: None,
+            owner: 0,
         }
     }
 

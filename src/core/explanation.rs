@@ -3,10 +3,12 @@
 use serde::Serialize;
 
 use crate::core::advice::advice;
-use crate::core::annotation::Rule;
 use crate::core::category::{Category, is_forbidden};
-use crate::core::device::{Access, Device, Kind};
+use crate::core::device::{Access, Kind};
+use crate::core::facts::Facts;
+use crate::core::policy::Bounds;
 use crate::core::proof::{Answer, Found, Subject, errno_name, judge, user_may_not};
+use crate::core::rule::Rule;
 
 /// Whether a finding helps or stands in the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -42,11 +44,11 @@ pub struct Explanation {
     pub advice: Vec<String>,
 }
 
-/// An annotation of ours that the container has.
+/// A rule of the container.
 #[derive(Debug, Clone)]
 pub struct Ask {
-    /// Its key.
-    pub annotation: String,
+    /// The annotation's key, or where else it comes from.
+    pub source: String,
     /// What it asks for, or why it grants nothing.
     pub rule: Result<Rule, String>,
 }
@@ -106,20 +108,21 @@ pub struct Granted {
 }
 
 /// All that is known.
-#[derive(Debug)]
-pub struct Facts<'a> {
+pub struct Situation<'a> {
     /// The container's name, as the advice is to name it.
     pub container: &'a str,
     /// The device's node on the host.
     pub node: &'a str,
     /// The device, while it is plugged in.
-    pub device: Option<&'a Device>,
+    pub device: Option<&'a Facts<'a>>,
     /// Why no rule gives it to a container now, such as a disk that the host uses.
     pub in_use: Option<String>,
     /// What is asked about inside.
     pub subject: Subject,
-    /// Its annotations.
+    /// Its annotations, and what the host's configuration gives it.
     pub asks: Vec<Ask>,
+    /// What its annotations may ask for.
+    pub bounds: &'a Bounds,
     /// A category that has the device.
     pub category: Option<&'a Category>,
     /// The grant in the ledger.
@@ -136,7 +139,7 @@ pub struct Facts<'a> {
     pub label: Option<String>,
 }
 
-impl Facts<'_> {
+impl Situation<'_> {
     /// Whether our map grants what is asked for.
     pub(super) fn has_right(&self) -> bool {
         let wanted = self.subject.access.bits();
@@ -145,7 +148,7 @@ impl Facts<'_> {
 }
 
 /// Puts the facts into words.
-pub fn explain(facts: &Facts<'_>) -> Explanation {
+pub fn explain(facts: &Situation<'_>) -> Explanation {
     let mut all = Vec::new();
     device(facts, &mut all);
     rules(facts, &mut all);
@@ -176,9 +179,11 @@ fn note(topic: &'static str, text: impl Into<String>) -> Finding {
     Finding { topic, verdict: Verdict::Note, text: text.into() }
 }
 
-fn device(facts: &Facts<'_>, all: &mut Vec<Finding>) {
+fn device(facts: &Situation<'_>, all: &mut Vec<Finding>) {
     match facts.device {
-        Some(device) => all.push(good("device", format!("{} is {} on the host", device.node, device.number))),
+        Some(Facts { device, .. }) => {
+            all.push(good("device", format!("{} is {} on the host", device.node, device.number)));
+        }
         None => all.push(bad("device", format!("{} ({}) is not plugged in", facts.node, facts.subject.number))),
     }
     if let Some(reason) = &facts.in_use {
@@ -186,30 +191,36 @@ fn device(facts: &Facts<'_>, all: &mut Vec<Finding>) {
     }
 }
 
-fn rules(facts: &Facts<'_>, all: &mut Vec<Finding>) {
+fn rules(facts: &Situation<'_>, all: &mut Vec<Finding>) {
     if facts.asks.is_empty() {
         all.push(note("rule", "the container has no annotation that asks for devices"));
     }
     for ask in &facts.asks {
         all.push(match &ask.rule {
-            Err(reason) => note("rule", format!("{} ignored: {reason}", ask.annotation)),
-            Ok(rule) => {
-                let reason = facts.device.and_then(|device| why_not(rule, device));
-                match (facts.device, reason) {
-                    (Some(_), None) => good("rule", format!("{rule} ({}): yes", ask.annotation)),
-                    (Some(_), Some(reason)) => note("rule", format!("{rule} ({}): no, {reason}", ask.annotation)),
-                    (None, _) => note("rule", format!("{rule} ({})", ask.annotation)),
-                }
-            }
+            Err(reason) => note("rule", format!("{} ignored: {reason}", ask.source)),
+            Ok(rule) => match facts.device.map(|device| allowed(rule, facts.bounds, device)) {
+                None => note("rule", format!("{rule} ({})", ask.source)),
+                Some(Ok(())) => good("rule", format!("{rule} ({}): yes", ask.source)),
+                Some(Err(reason)) => note("rule", format!("{rule} ({}): no, {reason}", ask.source)),
+            },
         });
     }
 }
 
+/// Whether the rule asks for the device and may; else why not, in words.
+pub(super) fn allowed(rule: &Rule, bounds: &Bounds, device: &Facts<'_>) -> Result<(), String> {
+    match why_not(rule, device).or_else(|| rule.is_bounded().then(|| bounds.refusal(device)).flatten()) {
+        None => Ok(()),
+        Some(reason) => Err(reason),
+    }
+}
+
 /// Why the rule does not ask for the device, in words; `None` where it does.
-pub fn why_not(rule: &Rule, device: &Device) -> Option<String> {
-    if rule.matches(device) {
+pub fn why_not(rule: &Rule, facts: &Facts<'_>) -> Option<String> {
+    if rule.matches(facts).is_some() {
         return None;
     }
+    let device = facts.device;
     let (node, number) = (&device.node, device.number);
     if is_forbidden(number) {
         return Some(format!("{node} is the host itself, which no annotation grants"));
@@ -220,6 +231,11 @@ pub fn why_not(rule: &Rule, device: &Device) -> Option<String> {
             format!("{node} is a {} device", kind(number.kind))
         }
         Rule::Category(_) => format!("{node} is not in this category"),
+        Rule::Selection(selection) => match selection.selector.failing(facts) {
+            Some(reason) if selection.selector.is_withheld(facts) => reason,
+            Some(term) => format!("it is not {term}"),
+            None => "it is not meant".into(),
+        },
         Rule::Seat(_) if number.kind == Kind::Block => format!("{node} is a block device, which no seat has"),
         Rule::Seat(seat) => {
             let its = device.properties.get("ID_SEAT").map(String::as_str).filter(|its| !its.is_empty());
@@ -233,7 +249,7 @@ pub fn why_not(rule: &Rule, device: &Device) -> Option<String> {
     })
 }
 
-fn grant(facts: &Facts<'_>, all: &mut Vec<Finding>) {
+fn grant(facts: &Situation<'_>, all: &mut Vec<Finding>) {
     let Some(grant) = &facts.grant else {
         all.push(note("grant", "none"));
         return;
@@ -245,7 +261,7 @@ fn grant(facts: &Facts<'_>, all: &mut Vec<Finding>) {
     });
 }
 
-fn filter(facts: &Facts<'_>, all: &mut Vec<Finding>) {
+fn filter(facts: &Situation<'_>, all: &mut Vec<Finding>) {
     let Filter { programs, granted, withdrawn, marked, below, after } = &facts.filter;
     let access = facts.subject.access;
     let verdict = facts.answer.as_ref().ok().and_then(|answer| answer.filter);
@@ -300,7 +316,7 @@ fn name_of(program: &Judged) -> String {
     format!("the program of {} ({name})", program.cgroup)
 }
 
-fn node(facts: &Facts<'_>, all: &mut Vec<Finding>) {
+fn node(facts: &Situation<'_>, all: &mut Vec<Finding>) {
     let Subject { path, number, user, .. } = &facts.subject;
     let answer = match &facts.answer {
         Ok(answer) => answer,

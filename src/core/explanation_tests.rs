@@ -3,6 +3,8 @@
 use super::*;
 use crate::core::annotation::{SEAT, rule};
 use crate::core::category::Categories;
+use crate::core::device::Device;
+use crate::core::facts::tests::Tree;
 use crate::core::plan::tests::device;
 use crate::core::proof::Seen;
 
@@ -10,7 +12,7 @@ const RW: Access = Access::READ.union(Access::WRITE);
 
 fn asks(pairs: &[(&str, &str)]) -> Vec<Ask> {
     let ask = |(key, value): &(&str, &str)| Ask {
-        annotation: (*key).to_owned(),
+        source: (*key).to_owned(),
         rule: rule(key, value, &Categories::default()).unwrap().map_err(|ignored| ignored.reason),
     };
     pairs.iter().map(ask).collect()
@@ -27,16 +29,19 @@ fn granted() -> Granted {
 }
 
 /// Findings as `verdict topic: text`, then the advice.
-fn told(change: impl FnOnce(&mut Facts<'_>)) -> (Vec<String>, Vec<String>) {
+fn told(change: impl FnOnce(&mut Situation<'_>)) -> (Vec<String>, Vec<String>) {
     let stick = device("/dev/ttyUSB0", 188, 0);
     let categories = Categories::default();
-    let mut facts = Facts {
+    let (tree, bounds) = (Tree::default(), Bounds::default());
+    let known = Facts::new(&stick, &tree);
+    let mut facts = Situation {
         container: "web",
         node: "/dev/ttyUSB0",
-        device: Some(&stick),
+        device: Some(&known),
         in_use: None,
         subject: Subject { path: "/dev/ttyUSB0".into(), number: stick.number, access: RW, user: "uid 1000".into() },
         asks: vec![],
+        bounds: &bounds,
         category: categories.named("ttyUSB").map(|category| &**category),
         grant: Some(granted()),
         agent: true,
@@ -58,7 +63,7 @@ fn told(change: impl FnOnce(&mut Facts<'_>)) -> (Vec<String>, Vec<String>) {
 }
 
 #[track_caller]
-fn expect(change: impl FnOnce(&mut Facts<'_>), findings: &[&str], advice: &[&str]) {
+fn expect(change: impl FnOnce(&mut Situation<'_>), findings: &[&str], advice: &[&str]) {
     let (lines, told) = told(change);
     for finding in findings {
         assert!(lines.iter().any(|line| line == finding), "{finding:?} in {lines:#?}");
@@ -255,8 +260,9 @@ fn what_stands_outside_of_the_filter() {
 
 #[test]
 fn each_rule_says_why_it_does_not_match() {
-    let why =
-        |key: &str, value: &str, device: &Device| why_not(asks(&[(key, value)])[0].rule.as_ref().unwrap(), device);
+    let why = |key: &str, value: &str, device: &Device| {
+        why_not(asks(&[(key, value)])[0].rule.as_ref().unwrap(), &Facts::new(device, &Tree::default()))
+    };
     let (stick, mem) = (device("/dev/ttyUSB0", 188, 0), device("/dev/mem", 1, 1));
     let mut disk = device("/dev/ttyUSB1", 8, 0);
     disk.number.kind = Kind::Block;
@@ -269,6 +275,8 @@ fn each_rule_says_why_it_does_not_match() {
         (video, "true", &stick, Some("/dev/ttyUSB0 is not in this category")),
         (video, "true", &mem, Some("/dev/mem is the host itself, which no annotation grants")),
         (usb, "true", &disk, Some("/dev/ttyUSB1 is a block device")),
+        ("org.containers.qm.hotplug.x", "tty;devname=ttyUSB*", &stick, None),
+        ("org.containers.qm.hotplug.x", "subsystem=tty,devname=ttyACM*", &stick, Some("it is not devname=ttyACM*")),
         (SEAT, "seat1", &sound, None),
         (SEAT, "seat0", &sound, Some("/dev/snd/pcmC1D0p belongs to seat1")),
         (SEAT, "seat0", &stick, Some("udev assigns /dev/ttyUSB0 to no seat")),
@@ -286,7 +294,7 @@ fn each_rule_says_why_it_does_not_match() {
 
 #[test]
 fn rules_are_told_with_their_annotations_and_decide_the_advice() {
-    let nothing = |facts: &mut Facts<'_>, agent: bool| {
+    let nothing = |facts: &mut Situation<'_>, agent: bool| {
         facts.grant = None;
         facts.agent = agent;
         facts.filter.granted = None;
@@ -326,6 +334,8 @@ fn rules_are_told_with_their_annotations_and_decide_the_advice() {
             facts.category = None;
         },
         &[],
-        &["qm-hotplug attach web /dev/ttyUSB0"],
+        &[
+            "qm-hotplug attach web /dev/ttyUSB0, or start it with the annotation that `qm-hotplug devices --annotation /dev/ttyUSB0` prints",
+        ],
     );
 }

@@ -77,13 +77,29 @@ pub struct Node {
     pub gid: u32,
     /// Permission bits.
     pub mode: u32,
+    /// For a symbolic link: the path of the node that it points to. Owner and mode are that node's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_to: Option<String>,
+}
+
+impl Node {
+    /// As the host has it.
+    pub fn of(device: &Device) -> Node {
+        let Device { uid, gid, mode, .. } = *device;
+        Node { path: device.node.clone(), uid, gid, mode, link_to: None }
+    }
+
+    /// A node of which nothing but the path is known.
+    pub fn at(path: &str) -> Node {
+        Node { path: path.to_owned(), uid: 0, gid: 0, mode: 0, link_to: None }
+    }
 }
 
 /// Why a grant is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
-    /// An annotation asks for this category.
+    /// A rule of this name asks for it: a category, a seat, or the name of a selector.
     Rule(String),
     /// A person attached it.
     Manual,
@@ -105,6 +121,9 @@ pub struct Grant {
     /// Whether the container's own specification names the device: then its runtime's filter grants it as well.
     #[serde(default)]
     pub at_start: bool,
+    /// Whether no other container may have the device meanwhile.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exclusive: bool,
 }
 
 impl Grant {

@@ -40,9 +40,10 @@ fn grant(cgroup: u64, minor: u32, path: u32, access: u32) -> Grant {
         holder: holder(cgroup),
         device: Granted::from(&device),
         access: Access::from_bits(access),
-        node: Node { path: format!("/dev/n{path}"), uid: 0, gid: 20, mode: 0o660 },
+        node: Node { path: format!("/dev/n{path}"), uid: 0, gid: 20, mode: 0o660, link_to: None },
         origin: Origin::Manual,
         at_start: false,
+        exclusive: false,
     }
 }
 

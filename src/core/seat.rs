@@ -32,7 +32,7 @@ pub struct Seat {
 impl Seat {
     /// Whether the device is one of this seat's.
     pub fn has(&self, device: &Device) -> bool {
-        is_assigned(&self.name, device)
+        of(device) == Some(&self.name)
             && !is_forbidden(device.number)
             && !self.withheld.iter().any(|category| category.contains(device))
     }
@@ -44,13 +44,19 @@ pub fn may_have(node: &str) -> bool {
     directories.iter().any(|beginning| node.starts_with(beginning))
 }
 
-fn is_assigned(seat: &str, device: &Device) -> bool {
-    let property = |name: &str| device.properties.get(name).map(String::as_str).filter(|value| !value.is_empty());
-    // TAGS also holds those that the device no longer has.
-    let tags = property("CURRENT_TAGS").unwrap_or_default();
-    let is_listed = tags.split(':').any(|tag| matches!(tag, "seat" | "uaccess"));
+/// The seat that the device belongs to, by logind's assignment or by what every seat has.
+pub fn of(device: &Device) -> Option<&str> {
+    let is_listed = || tags(device).any(|tag| matches!(tag, "seat" | "uaccess"));
     let is_unlisted = || UNLISTED.iter().any(|text| Pattern::parse(text).is_ok_and(|it| it.matches(&device.node)));
-    device.number.kind == Kind::Char && property("ID_SEAT").unwrap_or(SEAT0) == seat && (is_listed || is_unlisted())
+    let belongs = device.number.kind == Kind::Char && (is_listed() || is_unlisted());
+    let assigned = device.properties.get("ID_SEAT").map(String::as_str).filter(|value| !value.is_empty());
+    belongs.then_some(assigned.unwrap_or(SEAT0))
+}
+
+/// udev's tags that the device has now; `TAGS` also holds those that it no longer has.
+pub fn tags(device: &Device) -> impl Iterator<Item = &str> {
+    let tags = device.properties.get("CURRENT_TAGS").map(String::as_str).unwrap_or_default();
+    tags.split(':').filter(|tag| !tag.is_empty())
 }
 
 #[cfg(test)]
@@ -101,12 +107,11 @@ mod tests {
             (tagged("/dev/video0", &[("TAGS", ":uaccess:")]), &[]),
             (tagged("/dev/null", &[("CURRENT_TAGS", ":seats:useat:")]), &[]),
         ] {
-            let all: Vec<_> = ["seat0", "seat1"].into_iter().filter(|seat| is_assigned(seat, &device)).collect();
-            assert_eq!(all, seats, "{}", device.node);
+            assert_eq!(of(&device), seats.first().copied(), "{}", device.node);
         }
         let mut disc = tagged("/dev/sr0", &[("CURRENT_TAGS", ":uaccess:")]);
         disc.number.kind = Kind::Block;
-        assert!(!is_assigned("seat0", &disc), "not what a seat's user mounts");
+        assert_eq!(of(&disc), None, "not what a seat's user mounts");
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! Edits of an OCI `config.json` (runtime-spec, config.md and config-linux.md). The document stays a
 //! [`serde_json::Value`]: a typed round trip would drop fields that a newer runtime knows.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use oci_spec::runtime::{LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType};
 use serde_json::{Map, Value, json};
 
+use crate::core::annotation::AT_START;
 use crate::core::device::{Access, Device, Kind, Number};
+use crate::core::ledger::Node;
 
 /// A device as the specification has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,12 +23,21 @@ pub struct SpecDevice {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// Rights.
+    pub access: Access,
+}
+
+impl SpecDevice {
+    /// That device with this node. A link becomes a second node: the specification knows no links in `/dev`.
+    pub fn new(number: Number, node: &Node, access: Access) -> SpecDevice {
+        let Node { uid, gid, mode, .. } = *node;
+        SpecDevice { path: node.path.clone(), number, mode, uid, gid, access }
+    }
 }
 
 impl From<&Device> for SpecDevice {
     fn from(device: &Device) -> SpecDevice {
-        let Device { number, uid, gid, mode, .. } = *device;
-        SpecDevice { path: device.node.clone(), number, mode, uid, gid }
+        SpecDevice::new(device.number, &Node::of(device), Access::ALL)
     }
 }
 
@@ -72,6 +83,29 @@ pub fn container_id(spec: &Value) -> Option<String> {
     let in_mounts =
         || mount_sources(spec).find_map(|source| source.split("/userdata/").next()?.rsplit('/').next().filter(is_id));
     in_cgroup.or_else(in_mounts).map(str::to_owned)
+}
+
+/// The path that its cgroup will have, as far as `linux.cgroupsPath` tells it: as it stands, or for systemd
+/// (`SLICE:PREFIX:NAME`, runc's docs/systemd.md) that of the scope.
+pub fn cgroup_path(spec: &Value) -> Option<String> {
+    let path = spec.pointer("/linux/cgroupsPath")?.as_str()?;
+    let mut parts = path.split(':');
+    let (Some(slice), Some(prefix), Some(name), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
+        return Some(path.to_owned());
+    };
+    // A slice `a-b.slice` is in `a.slice` (systemd.slice(5)).
+    let stem = slice.strip_suffix(".slice").unwrap_or(slice);
+    let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]).filter(|_| !stem.is_empty());
+    let slices: String = ends.map(|end| format!("/{}.slice", &stem[..end])).collect();
+    let dash = if prefix.is_empty() { "" } else { "-" };
+    Some(format!("{slices}/{prefix}{dash}{name}.scope"))
+}
+
+/// Writes down which nodes were added for selectors: the agent reads it with the other annotations.
+pub fn note_at_start(spec: &mut Value, paths: &[String]) {
+    if let (false, Some(root)) = (paths.is_empty(), spec.as_object_mut()) {
+        object(root, "annotations").insert(AT_START.into(), json!(json!(paths).to_string()));
+    }
 }
 
 fn mount_sources(spec: &Value) -> impl Iterator<Item = &str> {
@@ -128,8 +162,13 @@ pub fn add_devices(spec: &mut Value, devices: &[SpecDevice]) -> Result<Added, St
     let linux = object(spec.as_object_mut().expect("it was checked"), "linux");
     let rules = array(object(linux, "resources"), "devices");
     let mut allowed = allowed(rules);
-    for device in devices.iter().filter(|device| allowed.insert(device.number)) {
-        rules.push(rule_for(device.number)?);
+    for device in devices {
+        let has = allowed.get(&device.number).copied().unwrap_or(Access::NONE);
+        if has.union(device.access) == has {
+            continue;
+        }
+        allowed.insert(device.number, has.union(device.access));
+        rules.push(rule_for(device.number, device.access)?);
         added.rules += 1;
     }
     let nodes = array(linux, "devices");
@@ -173,13 +212,13 @@ fn node_for(device: &SpecDevice) -> Result<Value, String> {
     serde_json::to_value(node.map_err(|error| error.to_string())?).map_err(|error| error.to_string())
 }
 
-fn rule_for(number: Number) -> Result<Value, String> {
+fn rule_for(number: Number, access: Access) -> Result<Value, String> {
     let rule = LinuxDeviceCgroupBuilder::default()
         .allow(true)
         .typ(spec_type(number.kind))
         .major(i64::from(number.major))
         .minor(i64::from(number.minor))
-        .access(Access::ALL.to_string())
+        .access(access.to_string())
         .build();
     serde_json::to_value(rule.map_err(|error| error.to_string())?).map_err(|error| error.to_string())
 }
@@ -191,15 +230,16 @@ fn spec_type(kind: Kind) -> LinuxDeviceType {
     }
 }
 
-/// The devices on which a rule for each allows `rwm`, with none after it that forbids anything: the last one counts.
-fn allowed(rules: &[Value]) -> HashSet<Number> {
-    let mut allowed = HashSet::new();
+/// The rights that rules for single devices allow, with none after them that forbids anything: the last one counts.
+fn allowed(rules: &[Value]) -> HashMap<Number, Access> {
+    let mut allowed = HashMap::new();
     for rule in rules {
-        let access = rule.get("access").and_then(Value::as_str).unwrap_or_default();
+        let access = rule.get("access").and_then(Value::as_str).and_then(|text| text.parse::<Access>().ok());
         if rule.get("allow") != Some(&Value::Bool(true)) {
             allowed.clear();
-        } else if "rwm".chars().all(|right| access.contains(right)) {
-            allowed.extend(number_of(rule));
+        } else if let (Some(number), Some(access)) = (number_of(rule), access) {
+            let has = allowed.entry(number).or_insert(Access::NONE);
+            *has = has.union(access);
         }
     }
     allowed
@@ -267,6 +307,7 @@ mod tests {
             mode: 0o660,
             uid: 0,
             gid: 20,
+            access: Access::ALL,
         }
     }
 
@@ -326,6 +367,30 @@ mod tests {
         ]});
         assert_eq!(storage_directories(&spec, id), ["/var/lib/containers/storage/overlay-containers"]);
         assert_eq!(container_id(&spec).as_deref(), Some(id), "rootless podman names no cgroup");
+    }
+
+    #[test]
+    fn the_cgroup_is_where_systemd_or_the_runtime_makes_it() {
+        for (path, expected) in [
+            ("machine.slice:libpod:9414", "/machine.slice/libpod-9414.scope"),
+            ("user-app.slice::x", "/user.slice/user-app.slice/x.scope"),
+            (":libpod:9414", "/libpod-9414.scope"),
+            ("/libpod_parent/libpod-9414", "/libpod_parent/libpod-9414"),
+        ] {
+            assert_eq!(cgroup_path(&json!({"linux": {"cgroupsPath": path}})).as_deref(), Some(expected));
+        }
+    }
+
+    #[test]
+    fn a_selector_may_ask_for_less() {
+        let mut spec = json!({"annotations": {"a": "b"}});
+        let device = SpecDevice { access: "rw".parse().unwrap(), ..tty(0) };
+        add_devices(&mut spec, std::slice::from_ref(&device)).unwrap();
+        assert_eq!(spec["linux"]["resources"]["devices"][0]["access"], "rw");
+        assert_eq!(add_devices(&mut spec, &[device]).unwrap(), Added::default());
+        assert_eq!(add_devices(&mut spec, &[tty(0)]).unwrap().rules, 1, "a category asks for more");
+        note_at_start(&mut spec, &["/dev/ttyUSB0".into()]);
+        assert_eq!(spec["annotations"][AT_START], "[\"/dev/ttyUSB0\"]");
     }
 
     #[test]

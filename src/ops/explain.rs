@@ -7,17 +7,21 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::config;
-use crate::core::annotation::rule;
+use crate::core::annotation::{cut_off, rule, whole};
 use crate::core::category::Categories;
 use crate::core::container::{Container, Reference};
 use crate::core::device::{Access, Device, Kind, Number};
-use crate::core::explanation::{Alone, Ask, Explanation, Facts, Filter, Granted, Judged, explain as put_into_words};
+use crate::core::explanation::{
+    Alone, Ask, Explanation, Filter, Granted, Judged, Situation, explain as put_into_words,
+};
+use crate::core::facts::Facts;
 use crate::core::ledger::Origin;
 use crate::core::proof::{Answer, Subject};
+use crate::core::settings::Settings;
 use crate::error::{Error, Result};
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::inspect::{Inspection, NodeFd, OPENS, Target, of_container, targets};
-use crate::ops::live::lookup;
+use crate::ops::live::{self, lookup};
 use crate::ops::store::Store;
 use crate::sys::block;
 use crate::sys::bpf::{Program, attached};
@@ -25,6 +29,7 @@ use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
 use crate::sys::host::require_fitness;
 use crate::sys::scratch::Scratch;
+use crate::sys::sysfs::KernelSysfs;
 
 /// What the names of all our programs begin with.
 const OURS: &str = "qmhp_";
@@ -66,8 +71,14 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
     let askable = inspection.as_ref().filter(|_| frozen.is_none());
     let all = targets(&container, &entries, askable, device)?;
     let target = all.first().expect("it is there or an error");
-    let (categories, _) = config::categories();
-    let asks = asks(&container, &categories);
+    let (settings, _) = config::settings();
+    let holder = inspection.as_ref().map(|inspection| &inspection.holder);
+    let its = live::subject(&container, holder, settings.policies.look_at_images());
+    let mut asks = asks(&container, &settings);
+    let configured = settings.rules_for(&its).into_iter();
+    asks.extend(configured.map(|rule| Ask { source: "the host's configuration".into(), rule: Ok(rule) }));
+    let sysfs = KernelSysfs::default();
+    let known = target.device.as_ref().map(|device| Facts::new(device, &sysfs));
     let subject = inspection.as_ref().map_or_else(|| subject(target), |inspection| inspection.subject(target));
     let answer = match (&inspection, frozen) {
         (Some(inspection), None) => match inspection.ask(&subject, false, || NodeFd::of(target)) {
@@ -81,14 +92,15 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
         Some(inspection) => filter(inspection, target, &subject)?,
         None => Filter::default(),
     };
-    let facts = Facts {
+    let situation = Situation {
         container: name,
         node: &target.node,
-        device: target.device.as_ref(),
-        in_use: in_use(target, &asks, &answer),
+        device: known.as_ref(),
+        in_use: in_use(target, known.as_ref(), &asks, &answer),
         subject,
-        category: target.device.as_ref().and_then(|device| best(&categories, device)),
+        category: target.device.as_ref().and_then(|device| best(&settings.categories, device)),
         asks,
+        bounds: &settings.policies.bounds(&its),
         grant: target.entry.as_ref().map(|entry| Granted {
             access: entry.grant.access,
             origin: match &entry.grant.origin {
@@ -112,7 +124,7 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
         major: target.number.major,
         minor: target.number.minor,
         path: target.path.clone(),
-        explanation: put_into_words(&facts),
+        explanation: put_into_words(&situation),
     })
 }
 
@@ -120,10 +132,14 @@ fn subject(target: &Target) -> Subject {
     Subject { path: target.path.clone(), number: target.number, access: OPENS, user: String::new() }
 }
 
-fn asks(container: &Container, categories: &Categories) -> Vec<Ask> {
-    let ask = |(key, value): (&str, &str)| match rule(key, value, categories)? {
-        Ok(rule) => Some(Ask { annotation: key.to_owned(), rule: Ok(rule) }),
-        Err(ignored) => Some(Ask { annotation: ignored.key, rule: Err(ignored.reason) }),
+fn asks(container: &Container, settings: &Settings) -> Vec<Ask> {
+    let cut = cut_off(container.annotations().map(|(key, _)| key));
+    let ask = |(key, value): (&str, &str)| {
+        let found = rule(key, value, &settings.categories)?.and_then(|rule| whole(rule, key, value, cut));
+        Some(match found {
+            Ok(rule) => Ask { source: key.to_owned(), rule: Ok(rule) },
+            Err(ignored) => Ask { source: ignored.key, rule: Err(ignored.reason) },
+        })
     };
     container.annotations().filter_map(ask).collect()
 }
@@ -135,11 +151,16 @@ fn best<'a>(categories: &'a Categories, device: &Device) -> Option<&'a crate::co
 }
 
 /// What keeps the agent from granting a disk. To look opens it, so it is done only where that is the question.
-fn in_use(target: &Target, asks: &[Ask], answer: &std::result::Result<Answer, String>) -> Option<String> {
-    let device = target.device.as_ref().filter(|device| device.number.kind == Kind::Block)?;
-    let is_asked = asks.iter().any(|ask| ask.rule.as_ref().is_ok_and(|rule| rule.matches(device)));
+fn in_use(
+    target: &Target,
+    known: Option<&Facts<'_>>,
+    asks: &[Ask],
+    answer: &std::result::Result<Answer, String>,
+) -> Option<String> {
+    let known = known.filter(|known| known.device.number.kind == Kind::Block)?;
+    let is_asked = asks.iter().any(|ask| ask.rule.as_ref().is_ok_and(|rule| rule.matches(known).is_some()));
     let is_open = target.entry.is_some() || answer.as_ref().is_ok_and(|answer| answer.filter == Some(0));
-    (is_asked && !is_open).then(|| block::in_use(&device.node, device.number)).flatten()
+    (is_asked && !is_open).then(|| block::in_use(&known.device.node, known.device.number)).flatten()
 }
 
 fn filter(inspection: &Inspection<'_>, target: &Target, subject: &Subject) -> Result<Filter> {

@@ -138,7 +138,8 @@ pub(super) fn target_of(entry: &Entry) -> Target {
         device,
         number: granted.number,
         node: granted.node.clone(),
-        path: entry.grant.node.path.clone(),
+        // A link of ours leads to a node of ours.
+        path: entry.grant.node.link_to.as_ref().unwrap_or(&entry.grant.node.path).clone(),
     }
 }
 

@@ -2,8 +2,13 @@
 
 use crate::core::container::{Container, Lookup, Reference, Runtime, find};
 use crate::core::ledger::Holder;
+use crate::core::policy::Subject;
 use crate::error::{Error, Result};
+use crate::runtime::storage;
 use crate::sys::cgroup::{CgroupRoot, own_path};
+use crate::sys::group;
+use crate::sys::host::Host;
+use crate::sys::namespace::inside;
 use crate::sys::process::Process;
 
 /// Finds the container that `reference` names among those given.
@@ -50,6 +55,8 @@ fn of_process(containers: &[Container], pid: u32) -> Result<Container> {
         cgroup: None,
         annotations: Default::default(),
         devices: Default::default(),
+        bundle: None,
+        owner: process.owner().map_err(looked)?,
     })
 }
 
@@ -121,4 +128,29 @@ fn is_shared_with_host(cgroups: &CgroupRoot, path: &str) -> bool {
         std::thread::sleep(std::time::Duration::from_millis(20));
         shared()
     }
+}
+
+/// The container as policies and configured rules know it. Its image is looked up where a policy asks for it.
+pub fn subject(container: &Container, holder: Option<&Holder>, wants_image: bool) -> Subject {
+    let beside = || Some(container.bundle.as_ref()?.strip_suffix(&format!("/{}/userdata", container.id))?.to_owned());
+    let stored = || storage::look_up(&container.id, &[beside()?]);
+    Subject {
+        names: container.name.iter().chain([&container.id]).cloned().collect(),
+        image: wants_image.then(stored).flatten().and_then(|stored| stored.image),
+        owner: container.owner,
+        cgroup: holder.map(|holder| holder.cgroup.clone()).or_else(|| container.cgroup.clone()).unwrap_or_default(),
+    }
+}
+
+/// The container's own `/etc/group`, read inside: its file system may be of its own making.
+pub fn groups(container: &Container, host: Host) -> Result<String> {
+    let label = container.label();
+    let process = Process::open_same(container.pid, container.start_time)
+        .ok_or_else(|| Error::ContainerExited(label.to_owned()))?;
+    let read = inside(label, &process, host, |inside| group::read(inside.root))?;
+    read.map_err(|source| Error::InContainer {
+        container: label.to_owned(),
+        what: "read its /etc/group".into(),
+        source,
+    })
 }

@@ -12,7 +12,7 @@ mod withdrawal;
 use std::path::Path;
 
 use crate::core::device::{Access, Number};
-use crate::core::ledger::{Grant, Holder, Origin, Placement};
+use crate::core::ledger::{Grant, Holder, Node, Origin, Placement};
 use crate::core::plan::{Change, Step};
 use crate::error::{Error, Result};
 use crate::ops::store::Store;
@@ -118,7 +118,7 @@ impl Executor {
             Step::Allow { holder, number, after, .. } => self.allow(holder, *number, *after)?,
             Step::MakeNode(grant) => return self.make_node(grant).map(Some),
             Step::RemoveNode { grant, directories } => {
-                self.remove_node(&grant.holder, grant.device.number, &grant.node.path, directories)?
+                self.remove_node(&grant.holder, grant.device.number, &grant.node, directories)?
             }
         }
         Ok(None)
@@ -183,16 +183,16 @@ impl Executor {
         })
     }
 
-    fn remove_node(&self, holder: &Holder, number: Number, path: &str, directories: &[String]) -> Result<()> {
+    fn remove_node(&self, holder: &Holder, number: Number, node: &Node, directories: &[String]) -> Result<()> {
         // A container that ended took its nodes along.
         if process::is_gone(holder.pid, holder.start_time) {
             return Ok(());
         }
         let process = Process::open_same(holder.pid, holder.start_time)
             .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
-        let (its_path, its_directories) = (path.to_owned(), directories.to_vec());
+        let (its_node, its_directories) = (node.clone(), directories.to_vec());
         let removed = match inside(holder.label(), &process, self.host, move |inside| {
-            node::remove(inside, number, &its_path, &its_directories)
+            node::remove(inside, number, &its_node, &its_directories)
         }) {
             Ok(removed) => removed,
             Err(Error::ContainerExited(_)) => return Ok(()),
@@ -201,7 +201,7 @@ impl Executor {
         match removed {
             Ok(true) => Ok(()),
             Ok(false) => {
-                tracing::debug!(container = holder.label(), "{path} was already gone or is another node now");
+                tracing::debug!(container = holder.label(), "{} was already gone or is another node now", node.path);
                 Ok(())
             }
             Err(error) => Err(node_error(holder, error)),

@@ -30,7 +30,16 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         uid: request.uid.unwrap_or(device.uid),
         gid: request.gid.unwrap_or(device.gid),
         mode: request.mode.unwrap_or(device.mode),
+        link_to: None,
     };
+    let alone = |entry: &&Entry| {
+        let grant = &entry.grant;
+        grant.exclusive && grant.device.identity == device.identity && !grant.holder.is_same_run(&holder)
+    };
+    if let Some(entry) = executor.ledger.entries().iter().find(alone) {
+        let reason = format!("container {} has {} for itself alone", entry.grant.holder.label(), device.node);
+        return Err(Error::Refused { container: container.label().to_owned(), reason });
+    }
     let grant = Grant {
         holder,
         device: Granted::from(&device),
@@ -38,6 +47,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         node,
         origin: Origin::Manual,
         at_start: false,
+        exclusive: false,
     };
     if let Some(entry) = at_path(executor.ledger.entries(), &grant.holder, &grant.node.path).cloned() {
         let is_settled = entry.placement != Placement::Pending && entry.left_over.is_none();

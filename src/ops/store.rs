@@ -185,9 +185,17 @@ mod tests {
     fn entry(id: &str, path: &str) -> Entry {
         let mut holder = holder(1);
         holder.id = id.into();
-        let node = Node { path: path.into(), uid: 0, gid: 20, mode: 0o660 };
+        let node = Node { path: path.into(), uid: 0, gid: 20, mode: 0o660, link_to: None };
         let device = Granted::from(&device("/dev/ttyUSB0", 188, 0));
-        let grant = Grant { holder, device, access: Access::ALL, node, origin: Origin::Manual, at_start: false };
+        let grant = Grant {
+            holder,
+            device,
+            access: Access::ALL,
+            node,
+            origin: Origin::Manual,
+            at_start: false,
+            exclusive: false,
+        };
         Entry { grant, placement: Placement::Pending, left_over: None }
     }
 

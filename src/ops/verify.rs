@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::core::container::{Container, Reference};
 use crate::core::device::{Access, Kind};
+use crate::core::ledger::Entry;
 use crate::core::proof::{Proof, judge};
 use crate::error::{Error, Result};
 use crate::ops::RUN_DIRECTORY;
@@ -58,7 +59,10 @@ pub fn verify(containers: &[Container], container: &str, device: Option<&str>, o
     }
     let targets = match device {
         Some(path) => targets(&container, &entries, Some(&inspection), path)?,
-        None => entries.iter().filter(|entry| entry.left_over.is_none()).map(target_of).collect(),
+        None => {
+            let is_node = |entry: &&Entry| entry.left_over.is_none() && entry.grant.node.link_to.is_none();
+            entries.iter().filter(is_node).map(target_of).collect()
+        }
     };
     targets.iter().map(|target| prove(&container, &inspection, target, open)).collect()
 }

@@ -1,7 +1,7 @@
 //! Withdraws what a runtime's own filter grants, and lets it hold again.
 
 use crate::core::device::{Access, Number};
-use crate::core::ledger::{Holder, Withdrawal};
+use crate::core::ledger::{Holder, Node, Withdrawal};
 use crate::error::Result;
 use crate::ops::Executor;
 use crate::sys::process::is_gone;
@@ -29,7 +29,7 @@ impl Executor {
     /// Removes a node of an unplugged device that the container has from its start and that no grant tells of. What
     /// stays is of no use to it.
     pub fn remove_stale_node(&self, holder: &Holder, number: Number, path: &str) {
-        if let Err(error) = self.remove_node(holder, number, path, &[]) {
+        if let Err(error) = self.remove_node(holder, number, &Node::at(path), &[]) {
             tracing::warn!(container = holder.label(), "{path} stays: {}", error.chain());
         }
     }

@@ -1,14 +1,23 @@
 //! The devices that a rule stands for when a container starts.
 
-use std::fs;
+use std::collections::HashMap;
 use std::io;
 
 use rustix::fs::{Access, access};
 
-use crate::core::annotation::Rule;
-use crate::core::device::Kind;
+use crate::core::device::{Device, Kind, Number};
+use crate::core::facts::Facts;
+use crate::core::ledger::Entry;
+use crate::core::policy::Bounds;
+use crate::core::rule::Rule;
+use crate::core::selection::{Group, Selection};
+use crate::core::selector::{Key, Test};
 use crate::core::spec::SpecDevice;
-use crate::sys::{block, devfs, udev};
+use crate::ops::RUN_DIRECTORY;
+use crate::ops::store::Store;
+use crate::sys::process::is_gone;
+use crate::sys::sysfs::KernelSysfs;
+use crate::sys::{block, devfs, group, udev};
 
 /// What was found for a rule.
 #[derive(Debug, Default)]
@@ -19,59 +28,148 @@ pub struct Found {
     pub withheld: Vec<(String, String)>,
 }
 
+/// Who asks.
+pub struct Request<'a> {
+    /// What the container may ask for.
+    pub bounds: &'a Bounds,
+    /// Its root directory, as far as its specification tells it.
+    pub root: Option<&'a str>,
+    /// The paths that rules before this one have taken, and for which device.
+    pub taken: &'a HashMap<String, Number>,
+}
+
 /// Where devices are looked for: on the host, or in a test's environment.
 pub trait Discovery {
     /// The devices that the rule stands for now.
-    fn devices(&self, rule: &Rule) -> io::Result<Found>;
+    fn devices(&self, rule: &Rule, request: &Request<'_>) -> io::Result<Found>;
 }
 
-/// The host's `/dev` for categories, and udev's database for seats.
+/// The host's `/dev` for categories, and udev's database for seats and selectors.
 #[derive(Debug)]
 pub struct Host;
 
 impl Discovery for Host {
-    fn devices(&self, rule: &Rule) -> io::Result<Found> {
-        let devices = match rule {
-            Rule::Category(category) => devfs::nodes(category),
+    fn devices(&self, rule: &Rule, request: &Request<'_>) -> io::Result<Found> {
+        let (sysfs, mut found) = (KernelSysfs::default(), Found::default());
+        let wanted: Vec<(Vec<SpecDevice>, Option<Device>)> = match rule {
+            // The kernel's name for a node is all that counts, so udev is not asked; a policy may want to know more.
+            Rule::Category(category) => devfs::nodes(category).into_iter().map(|node| (vec![node], None)).collect(),
             Rule::Seat(seat) => {
-                udev::scan_seats()?.iter().filter(|device| seat.has(device)).map(SpecDevice::from).collect()
+                let all = udev::scan_seats()?.into_iter().filter(|device| seat.has(device));
+                all.map(|device| (vec![SpecDevice::from(&device)], Some(device))).collect()
+            }
+            Rule::Selection(selection) => {
+                let gid = match gid(selection, request.root) {
+                    Ok(gid) => gid,
+                    Err(reason) => {
+                        found.withheld.push((format!("what {rule} asks for"), reason));
+                        return Ok(found);
+                    }
+                };
+                let nodes = |device: Device| {
+                    let how = selection.matches(&Facts::new(&device, &sysfs))?;
+                    let nodes = selection.nodes(&device, how, gid);
+                    let nodes = nodes.iter().map(|node| SpecDevice::new(device.number, node, rule.access()));
+                    Some((nodes.collect(), Some(device)))
+                };
+                candidates(selection)?.into_iter().filter_map(nodes).collect()
             }
         };
-        let mut found = Found::default();
-        for device in devices {
-            match reason_to_withhold(&device) {
-                None => found.devices.push(device),
-                Some(reason) => found.withheld.push((device.path, reason)),
+        let (held, mut taken) = (held(), request.taken.clone());
+        for (nodes, device) in wanted {
+            let on_host = device.as_ref().map_or_else(|| nodes[0].path.clone(), |device| device.node.clone());
+            let device = device.or_else(|| udev::by_path(&on_host).ok().filter(|_| needs_facts(rule, request, &held)));
+            let facts = device.as_ref().map(|device| Facts::new(device, &sysfs));
+            let refused = || request.bounds.refusal(facts.as_ref()?).filter(|_| rule.is_bounded());
+            let held = || holder(device.as_ref()?, &held, rule.is_exclusive());
+            let other = |path: &String| taken.get(path).is_some_and(|number| *number != nodes[0].number);
+            let contested = || {
+                let path = &nodes.iter().find(|node| other(&node.path))?.path;
+                Some(format!("{path} is another device's already"))
+            };
+            let reason = reason_to_withhold(&on_host, &nodes[0]).or_else(refused).or_else(held).or_else(contested);
+            match reason {
+                Some(reason) => found.withheld.push((on_host, reason)),
+                None => {
+                    taken.extend(nodes.iter().map(|node| (node.path.clone(), node.number)));
+                    found.devices.extend(nodes);
+                }
             }
         }
         Ok(found)
     }
 }
 
-fn reason_to_withhold(device: &SpecDevice) -> Option<String> {
-    if !devfs::is_where_it_belongs(device) {
+/// The devices that the selector may mean, sorted as the agent has them.
+fn candidates(selection: &Selection) -> io::Result<Vec<Device>> {
+    // A look at all devices of a host takes milliseconds; most selectors say in which part of it to look.
+    let narrow = selection.selector.terms.iter().filter(|term| !term.negated && !selection.options.children);
+    let mut found = None;
+    for term in narrow {
+        match &term.test {
+            Test::Category(category) => {
+                let nodes = devfs::nodes(category);
+                found = Some(nodes.iter().filter_map(|node| udev::by_path(&node.path).ok()).collect::<Vec<_>>());
+                break;
+            }
+            Test::Value(Key::Subsystem, glob) => {
+                if let Some(name) = glob.literal() {
+                    found = Some(udev::scan_subsystem(&name)?);
+                    break;
+                }
+            }
+            _ => {}
+        }
+    }
+    let mut found = found.map_or_else(udev::scan, Ok)?;
+    found.sort_by(|a, b| a.identity.devpath.cmp(&b.identity.devpath));
+    Ok(found)
+}
+
+fn gid(selection: &Selection, root: Option<&str>) -> Result<Option<u32>, String> {
+    match &selection.options.gid {
+        None => Ok(None),
+        Some(Group::Number(gid)) => Ok(Some(*gid)),
+        Some(Group::Name(name)) => {
+            let root = root.ok_or("where its root directory is is not known")?;
+            let text = group::read_below(root).map_err(|error| format!("its /etc/group cannot be read: {error}"))?;
+            let gid = Group::number_in(name, &text).ok_or_else(|| format!("its /etc/group has no group '{name}'"))?;
+            Ok(Some(gid))
+        }
+    }
+}
+
+fn needs_facts(rule: &Rule, request: &Request<'_>, held: &[Entry]) -> bool {
+    !held.is_empty() || rule.is_bounded() && *request.bounds != Bounds::default()
+}
+
+/// What running containers have, as far as the agent's ledger is in reach.
+fn held() -> Vec<Entry> {
+    let entries = Store::peek(RUN_DIRECTORY.as_ref()).unwrap_or_default();
+    let counts =
+        |entry: &Entry| entry.left_over.is_none() && !is_gone(entry.grant.holder.pid, entry.grant.holder.start_time);
+    entries.into_iter().filter(counts).collect()
+}
+
+/// Who has the device for itself alone, or has it at all where it is wanted `alone`.
+fn holder(device: &Device, held: &[Entry], alone: bool) -> Option<String> {
+    let mut grants = held.iter().map(|entry| &entry.grant);
+    let other = grants.find(|grant| grant.device.identity == device.identity && (alone || grant.exclusive))?;
+    Some(format!("container {} has it, and only one may: it is free when that ends", other.holder.label()))
+}
+
+fn reason_to_withhold(node: &str, device: &SpecDevice) -> Option<String> {
+    let on_host = SpecDevice { path: node.to_owned(), ..device.clone() };
+    if !devfs::is_where_it_belongs(&on_host) {
         return Some("the kernel gives its numbers another name".into());
     }
     // For an ordinary user's container, in a user namespace where the hook seems to be root, that user's rights on the
     // node are all that counts. Root has them.
-    if access(&device.path, Access::READ_OK | Access::WRITE_OK).is_err() {
+    if access(node, Access::READ_OK | Access::WRITE_OK).is_err() {
         return Some("this user may not open it".into());
     }
     match device.number.kind {
         Kind::Char => None,
-        Kind::Block => block::in_use(&device.path, device.number),
+        Kind::Block => block::in_use(node, device.number),
     }
-}
-
-/// The name of the container with that id, from the file that containers/storage keeps beside the containers'
-/// directories. `directories` are places in which one of these directories may be.
-pub fn container_name(id: &str, directories: &[String]) -> Option<String> {
-    let files = directories.iter().flat_map(|place| {
-        ["containers.json", "volatile-containers.json"].map(|file| format!("{}/{file}", place.trim_end_matches('/')))
-    });
-    files.filter_map(|path| fs::read_to_string(path).ok()).find_map(|text| {
-        let all: serde_json::Value = serde_json::from_str(&text).ok()?;
-        let one = all.as_array()?.iter().find(|one| one["id"] == id)?;
-        Some(one["names"].as_array()?.first()?.as_str()?.to_owned())
-    })
 }

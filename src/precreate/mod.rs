@@ -2,6 +2,7 @@
 //! `oci-qm-device-manager` and `oci-qm-wayland-client-devices`, and of each under its name.
 
 pub mod discovery;
+mod grant;
 pub mod log;
 
 use std::borrow::Cow;
@@ -14,12 +15,11 @@ use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::config;
-use crate::core::annotation::{Ignored, PREFIX, Rule, rule};
-use crate::core::category::Categories;
-use crate::core::container::short_id;
-use crate::core::spec::{self, add_devices};
+use crate::core::annotation::{AT_START, HOTPLUG_PREFIX, PREFIX, cut_off};
+use crate::core::spec;
 use crate::error::{Error, Result};
-use crate::precreate::discovery::{Discovery, container_name};
+use crate::precreate::discovery::Discovery;
+use crate::precreate::grant::grant;
 use crate::precreate::log::Log;
 
 /// One of containers/qm's hooks: what it looks at, and what it calls itself.
@@ -55,7 +55,8 @@ pub static WAYLAND_CLIENT: Hook = Hook {
 
 impl Hook {
     fn takes(&self, key: &str) -> bool {
-        key.strip_prefix(PREFIX).is_some_and(|rest| rest.starts_with("wayland-client.") == self.of_wayland_clients)
+        let rest = key.strip_prefix(PREFIX).filter(|_| key != AT_START);
+        rest.is_some_and(|rest| rest.starts_with("wayland-client.") == self.of_wayland_clients)
     }
 
     /// The hook that a program of that path is called as, by its file name.
@@ -115,7 +116,8 @@ fn edit(
     if text.iter().all(u8::is_ascii_whitespace) {
         return Err(bad("it is empty: an OCI specification is expected".into()));
     }
-    if hook.is_none() && is_without_ours(text) {
+    let (settings, problems) = config::settings();
+    if hook.is_none() && !settings.has_rules() && is_without_ours(text) {
         return Ok(None);
     }
     if text.windows(NUMBER_TOKEN.len()).any(|window| window == NUMBER_TOKEN.as_bytes()) {
@@ -123,22 +125,39 @@ fn edit(
     }
     let mut spec: Value = serde_json::from_slice(text).map_err(|error| bad(format!("not valid JSON: {error}")))?;
     let annotations = spec::annotations(&spec).map_err(bad)?;
-    let of = |hook: &Hook| annotations.iter().filter(|(key, _)| hook.takes(key)).collect::<Vec<_>>();
+    let of = |hook: &Hook| annotations.iter().filter(|(key, _)| hook.takes(key)).cloned().collect::<Vec<_>>();
+    let subject = grant::subject(&spec, settings.policies.look_at_images());
+    let given = settings.rules_for(&subject);
+    if hook.is_none() && given.is_empty() && annotations.iter().all(|(key, _)| !key.starts_with(PREFIX)) {
+        return Ok(None);
+    }
     let hooks = match hook {
         Some(hook) => vec![hook],
         None if of(&WAYLAND_CLIENT).is_empty() => vec![&DEVICE_MANAGER],
         None if of(&DEVICE_MANAGER).is_empty() => vec![&WAYLAND_CLIENT],
         None => vec![&DEVICE_MANAGER, &WAYLAND_CLIENT],
     };
+    let cut = cut_off(annotations.iter().map(|(key, _)| key.as_str()));
     let mut changed = false;
     for hook in hooks {
-        let asked = of(hook);
+        let mut asked = of(hook);
+        // Selectors first, as the agent has them: what they say of a node counts before what a category says.
+        asked.sort_by_key(|(key, _)| !key.starts_with(HOTPLUG_PREFIX));
+        let given = if hook.of_wayland_clients { &[][..] } else { &given };
         logs.push(new_log(hook, around));
         let log = logs.last_mut().expect("it was just put there");
-        if asked.is_empty() {
+        if asked.is_empty() && given.is_empty() {
             log.info("No QM device annotations found");
         } else {
-            changed |= grant(&mut spec, &asked, around.discovery, log).map_err(bad)?;
+            // Also where no device is there: what is no specification is no better for that.
+            spec::check(&spec).map_err(bad)?;
+            for problem in &problems {
+                tracing::warn!("passed over: {problem}");
+                log.warning(&format!("Passing over {problem}"));
+            }
+            let wishes = grant::wishes(given, &asked, cut, &settings.categories);
+            let bounds = settings.policies.bounds(&subject);
+            changed |= grant(&mut spec, &subject, &bounds, wishes, around.discovery, log)?;
             log.info(&format!("Total devices in spec: {}", spec::device_count(&spec)));
         }
         log.info(&format!("{} hook completed successfully", hook.title));
@@ -160,93 +179,6 @@ fn is_without_ours(text: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(text) else { return false };
     let head: serde_json::Result<Head<'_>> = serde_json::from_str(text);
     head.is_ok_and(|head| head.annotations.is_none_or(|all| !all.keys().any(|key| key.starts_with(PREFIX))))
-}
-
-/// Adds what the annotations ask for. Returns whether that changed anything.
-fn grant(
-    spec: &mut Value,
-    asked: &[&(String, spec::Annotation)],
-    discovery: &dyn Discovery,
-    log: &mut Log,
-) -> std::result::Result<bool, String> {
-    // Also where no device is there: what is no specification is no better for that.
-    spec::check(spec)?;
-    let container = label(spec);
-    log.info(&format!("Processing QM device annotations of container {container}"));
-    let (categories, problems) = config::categories();
-    for problem in problems {
-        tracing::warn!(container, "passed over: {problem}");
-        log.warning(&format!("Passing over {problem}"));
-    }
-    let mut changed = false;
-    for (key, value) in asked {
-        let rule = match value_of(key, value, &categories) {
-            Ok(rule) => rule,
-            Err(Ignored { key, reason }) => {
-                tracing::warn!(container, "annotation {key} ignored: {reason}");
-                log.warning(&format!("Skipping annotation {key}: {reason}"));
-                continue;
-            }
-        };
-        let what = match &rule {
-            Rule::Category(category) => format!("{} devices", category.name),
-            Rule::Seat(seat) => format!("Wayland seat devices for {}", seat.name),
-        };
-        let found = match discovery.devices(&rule) {
-            Ok(found) => found,
-            Err(error) => {
-                tracing::warn!(container, "cannot look for {what}: {error}");
-                log.warning(&format!("Cannot look for {what}: {error}"));
-                continue;
-            }
-        };
-        for (path, reason) in &found.withheld {
-            tracing::warn!(container, device = path, "{path} not granted: {reason}");
-            log.warning(&format!("Not adding device: {path}: {reason}"));
-        }
-        // As containers/qm's hook does, also where no device is found.
-        changed |= spec::ensure_linux(spec);
-        let added = add_devices(spec, &found.devices)?;
-        for device in &found.devices {
-            let number = device.number;
-            log.info(&format!(
-                "Adding device: {} (type={}, major={}, minor={})",
-                device.path,
-                number.kind.letter(),
-                number.major,
-                number.minor
-            ));
-        }
-        for path in &added.corrected {
-            tracing::warn!(container, device = path, "{path} had stale numbers, which are corrected");
-            log.warning(&format!("Correcting stale numbers of device: {path}"));
-        }
-        let count = found.devices.len();
-        if let (0, Rule::Seat(seat)) = (count, &rule) {
-            tracing::warn!(container, "no devices found for seat {}, or it does not exist", seat.name);
-            log.warning(&format!("No devices found for seat {} or seat does not exist", seat.name));
-        }
-        tracing::info!(container, category = %rule, count, "added {count} {what} to {container}");
-        log.info(&format!("Added {count} {what} to container {container}"));
-        changed |= added != Default::default();
-    }
-    Ok(changed)
-}
-
-fn value_of(key: &str, value: &spec::Annotation, categories: &Categories) -> std::result::Result<Rule, Ignored> {
-    let no_text =
-        |kind: &str| Err(Ignored { key: key.to_owned(), reason: format!("its value is {kind}, not a string") });
-    match value {
-        Ok(text) => rule(key, text, categories).unwrap_or_else(|| no_text("of somebody else")),
-        Err(kind) => no_text(kind),
-    }
-}
-
-/// What a person calls the container, as far as its specification tells.
-fn label(spec: &Value) -> String {
-    let Some(id) = spec::container_id(spec) else { return "(unknown)".into() };
-    let name = container_name(&id, &spec::storage_directories(spec, &id));
-    name.map_or_else(|| short_id(&id).to_owned(), |name| format!("{name} ({})", short_id(&id)))
 }
 
 #[cfg(test)]

@@ -3,21 +3,23 @@
 use std::io;
 
 use super::*;
-use crate::core::device::{Kind, Number};
+use crate::core::device::{Access, Kind, Number};
+use crate::core::rule::Rule;
 use crate::core::spec::SpecDevice;
-use crate::precreate::discovery::Found;
+use crate::precreate::discovery::{Found, Request};
 
 /// Two sticks, a sound card that may not be opened, and a seat that cannot be looked for.
 struct Two;
 
 impl Discovery for Two {
-    fn devices(&self, rule: &Rule) -> io::Result<Found> {
+    fn devices(&self, rule: &Rule, _: &Request<'_>) -> io::Result<Found> {
         let stick = |minor| SpecDevice {
             path: format!("/dev/ttyUSB{minor}"),
             number: Number { kind: Kind::Char, major: 188, minor },
             mode: 0o660,
             uid: 0,
             gid: 20,
+            access: Access::ALL,
         };
         match rule.to_string().as_str() {
             "ttyUSB" => Ok(Found { devices: vec![stick(0), stick(1)], withheld: vec![] }),

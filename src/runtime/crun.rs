@@ -16,6 +16,7 @@ struct Status {
     pid: u32,
     process_start_time: u64,
     cgroup_path: Option<String>,
+    bundle: Option<String>,
 }
 
 /// Reads `status` and `config.json` of the container with that id. Errors are in words.
@@ -31,6 +32,8 @@ pub fn parse(id: &str, status: &str, spec: &str) -> Result<Container, String> {
         cgroup: status.cgroup_path.filter(|path| !path.is_empty()),
         annotations: annotations(&spec),
         devices: named_devices(spec.pointer("/linux/devices")),
+        bundle: status.bundle,
+        owner: 0,
     })
 }
 

@@ -5,8 +5,10 @@
 pub mod conmon;
 pub mod crun;
 pub mod runc;
+pub mod storage;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -63,6 +65,7 @@ pub fn load(directory: &StateDirectory, id: &str) -> Option<Container> {
         .ok()?;
     let init = Process::open_same(container.pid, container.start_time)?;
     container.name = conmon::name_of(init.parent, &container.id);
+    container.owner = std::fs::metadata(&place).ok()?.uid();
     Some(container)
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use crate::core::category::{Category, is_forbidden};
-use crate::core::device::{Kind, Number};
+use crate::core::device::{Access, Kind, Number};
 use crate::core::pattern::Pattern;
 use crate::core::spec::SpecDevice;
 use crate::sys::node::number_of;
@@ -67,5 +67,6 @@ fn visit(directory: &Path, deep: bool, seen: &mut impl FnMut(&str)) {
 pub fn read(path: &str) -> Option<SpecDevice> {
     let stat = rustix::fs::lstat(path).ok()?;
     let number = number_of(&stat)?;
-    Some(SpecDevice { path: path.to_owned(), number, mode: stat.st_mode & 0o777, uid: stat.st_uid, gid: stat.st_gid })
+    let (mode, access) = (stat.st_mode & 0o777, Access::ALL);
+    Some(SpecDevice { path: path.to_owned(), number, mode, uid: stat.st_uid, gid: stat.st_gid, access })
 }

@@ -1,5 +1,6 @@
 //! The kernel's edge: every system call and all the `unsafe` of this crate.
 
+pub mod arrival;
 mod asker;
 pub mod block;
 pub mod bpf;
@@ -7,6 +8,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod devfs;
 pub mod device_filter;
+pub mod group;
 pub mod host;
 mod mark;
 pub mod namespace;
@@ -14,5 +16,6 @@ pub mod node;
 pub mod probe;
 pub mod process;
 pub mod scratch;
+pub mod sysfs;
 pub mod udev;
 pub mod uevent;

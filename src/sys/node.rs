@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Uid, chownat, fstat,
-    fstatfs, fstatvfs, major, makedev, minor, mkdirat, mknodat, open, openat, openat2, renameat, renameat_with, statat,
-    unlinkat,
+    fstatfs, fstatvfs, major, makedev, minor, mkdirat, mknodat, open, openat, openat2, readlinkat, renameat,
+    renameat_with, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 use thiserror::Error;
@@ -74,9 +74,10 @@ pub fn make(inside: Inside<'_>, number: Number, node: &Node, replace: bool) -> R
     }
 }
 
-/// Removes a node that [`make`] made, if it is still there and still has these numbers, and the directories made for it
-/// as far as they are empty. Says whether the node was still there.
-pub fn remove(inside: Inside<'_>, number: Number, path: &str, directories: &[String]) -> Result<bool, NodeError> {
+/// Removes a node or a link that [`make`] made, if it is still there and still that one, and the directories made for it
+/// as far as they are empty. Says whether it was still there. Of `node`, the path and what it links to count.
+pub fn remove(inside: Inside<'_>, number: Number, node: &Node, directories: &[String]) -> Result<bool, NodeError> {
+    let path = &*node.path;
     let (parent, name) = split(path);
     let mut removed = false;
     // A directory that is gone or became something else holds no node of ours.
@@ -87,7 +88,7 @@ pub fn remove(inside: Inside<'_>, number: Number, path: &str, directories: &[Str
     if let Some(directory) = directory
         && !is_hosts(inside, &directory)?
         && let Some(stat) = look(&directory, name, path)?
-        && number_of(&stat) == Some(number)
+        && is_it(&directory, name, &stat, number, node)
     {
         match unlinkat(&directory, name, AtFlags::empty()) {
             Ok(()) => removed = true,
@@ -111,9 +112,11 @@ fn make_in(
 ) -> Result<bool, NodeError> {
     let path = &node.path;
     let found = look(directory, name, path)?;
-    let same = found.as_ref().and_then(number_of) == Some(number);
+    let same = found.as_ref().is_some_and(|stat| is_it(directory, name, stat, number, node));
     if is_hosts(inside, directory)? {
-        return if same {
+        // The host's own link leads there in its own way.
+        let is_link = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Symlink;
+        return if same || node.link_to.is_some() && found.as_ref().is_some_and(is_link) {
             Ok(false)
         } else {
             Err(NodeError::Refused(format!(
@@ -141,9 +144,16 @@ fn make_in(
     }
     let temporary = temporary_name(name);
     let _ = unlinkat(directory, &*temporary, AtFlags::empty());
-    make_at(directory, &temporary, number, node.mode)
-        .map_err(NodeError::failed(format!("make a device node in {parent}")))?;
-    let placed = own(directory, &temporary, number, node)
+    match &node.link_to {
+        Some(target) => symlinkat(&**target, directory, &*temporary),
+        None => make_at(directory, &temporary, number, node.mode),
+    }
+    .map_err(NodeError::failed(format!("make a device node in {parent}")))?;
+    let placed = match &node.link_to {
+        Some(_) => Ok(()),
+        None => own(directory, &temporary, number, node),
+    };
+    let placed = placed
         .and_then(|()| match found {
             Some(_) => renameat(directory, &*temporary, directory, name),
             // Whatever the container put there in the meantime is not overwritten.
@@ -277,6 +287,13 @@ fn look(directory: &OwnedFd, name: &str, path: &str) -> Result<Option<Stat>, Nod
         Err(Errno::NOENT) => Ok(None),
         Err(errno) => Err(NodeError::failed(format!("look at {path}"))(errno)),
     }
+}
+
+/// Whether that is the node already: one with its numbers or, where a link is wanted, a link to the same place.
+fn is_it(directory: &OwnedFd, name: &str, stat: &Stat, number: Number, node: &Node) -> bool {
+    let leads_to =
+        |target: &str| readlinkat(directory, name, Vec::new()).is_ok_and(|found| found.as_bytes() == target.as_bytes());
+    number_of(stat) == Some(number) || node.link_to.as_deref().is_some_and(leads_to)
 }
 
 /// The host's node of a device, open to be asked about.

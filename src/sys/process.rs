@@ -92,11 +92,28 @@ impl Process {
         Ok(["self", "1"].into_iter().filter_map(|pid| mount_namespace(pid).ok()).any(|ours| ours == its))
     }
 
+    /// The user whom it belongs to.
+    pub fn owner(&self) -> std::io::Result<u32> {
+        Ok(rustix::fs::stat(format!("/proc/{}", self.pid))?.st_uid)
+    }
+
     /// Whether it has a user namespace other than ours.
     pub fn has_own_user_namespace(&self) -> std::io::Result<bool> {
         let of = |pid: &str| rustix::fs::stat(format!("/proc/{pid}/ns/user")).map(|s| s.st_ino);
         Ok(of(&self.pid.to_string())? != of("self")?)
     }
+}
+
+/// The user who we are outside of our user namespace (user_namespaces(7)); the hook of a rootless engine is in one.
+pub fn outer_user() -> u32 {
+    let own = rustix::process::geteuid().as_raw();
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let outer = map.lines().find_map(|line| {
+        let mut fields = line.split_whitespace().map(|field| field.parse::<u32>().unwrap_or(0));
+        let (inside, outside, count) = (fields.next()?, fields.next()?, fields.next()?);
+        (own >= inside && own - inside < count).then(|| outside.saturating_add(own - inside))
+    });
+    outer.unwrap_or(own)
 }
 
 /// Whether the process behind a pidfd has ended.

@@ -37,6 +37,11 @@ pub fn scan_seats() -> io::Result<Vec<Device>> {
     Ok(devices)
 }
 
+/// Those of [`scan`] of one subsystem.
+pub fn scan_subsystem(subsystem: &str) -> io::Result<Vec<Device>> {
+    list(|all| all.match_subsystem(subsystem))
+}
+
 fn list(narrow: impl Fn(&mut Enumerator) -> io::Result<()>) -> io::Result<Vec<Device>> {
     let mut enumerator = Enumerator::new()?;
     narrow(&mut enumerator)?;
@@ -76,8 +81,18 @@ fn known(number: Number) -> io::Result<udev::Device> {
 
 /// The device that a kernel event told of, if it is still there.
 pub fn by_event(event: &Uevent) -> Option<Device> {
-    let known = udev::Device::from_syspath(&PathBuf::from(format!("/sys{}", event.devpath))).ok()?;
-    owned(&known).filter(|device| device.number == event.number)
+    by_directory(&PathBuf::from(format!("/sys{}", event.devpath))).filter(|device| device.number == event.number)
+}
+
+/// The device whose directory this is, below `/sys`, if it has a node.
+pub fn by_directory(path: &Path) -> Option<Device> {
+    owned(&udev::Device::from_syspath(path).ok()?)
+}
+
+/// A property in udev's database of the device whose directory this is.
+pub fn property(path: &Path, name: &str) -> Option<String> {
+    let device = udev::Device::from_syspath(path).ok()?;
+    Some(device.property_value(name)?.to_string_lossy().into_owned())
 }
 
 /// Whether this very device is still plugged in.

@@ -4,10 +4,11 @@
 use std::io;
 
 use libfuzzer_sys::fuzz_target;
-use qm_hotplug::core::annotation::Rule;
-use qm_hotplug::core::device::{Kind, Number};
+use qm_hotplug::core::annotation::AT_START;
+use qm_hotplug::core::device::{Access, Kind, Number};
+use qm_hotplug::core::rule::Rule;
 use qm_hotplug::core::spec::SpecDevice;
-use qm_hotplug::precreate::discovery::{Discovery, Found};
+use qm_hotplug::precreate::discovery::{Discovery, Found, Request};
 use qm_hotplug::precreate::{DEVICE_MANAGER, Hook, Surroundings, WAYLAND_CLIENT, run};
 use serde_json::{Map, Value, json};
 
@@ -29,13 +30,14 @@ struct Sticks;
 const STICKS: [(&str, u32); 2] = [("/dev/ttyUSB0", 0), ("/dev/ttyUSB1", 1)];
 
 impl Discovery for Sticks {
-    fn devices(&self, _: &Rule) -> io::Result<Found> {
+    fn devices(&self, _: &Rule, _: &Request<'_>) -> io::Result<Found> {
         let stick = |(path, minor): (&str, u32)| SpecDevice {
             path: path.to_owned(),
             number: Number { kind: Kind::Char, major: 188, minor },
             mode: 0o660,
             uid: 0,
             gid: 20,
+            access: Access::ALL,
         };
         Ok(Found { devices: STICKS.map(stick).into(), withheld: vec![] })
     }

@@ -120,7 +120,7 @@ fn a_temporary_name_that_is_swapped() {
     container.actor.begin(&["ambush", "/dev", &victim]);
     let host = qm_hotplug::sys::host::Host::observe().unwrap();
     let process = container.actor.process();
-    let wanted = Node { uid: 4242, gid: 4242, mode: 0o666, path: "/dev/node".into() };
+    let wanted = Node { uid: 4242, gid: 4242, mode: 0o666, ..Node::at("/dev/node") };
     let mut made = 0;
     for _ in 0..5 {
         // Many at a time, so that there is more to hit.
@@ -128,7 +128,7 @@ fn a_temporary_name_that_is_swapped() {
         made += qm_hotplug::sys::namespace::inside("test", &process, host, move |inside| {
             let one = || {
                 let made = node::make(inside, NULL, &wanted, true).is_ok();
-                let _ = node::remove(inside, NULL, &wanted.path, &[]);
+                let _ = node::remove(inside, NULL, &wanted, &[]);
                 u32::from(made)
             };
             (0..ROUNDS).map(|_| one()).sum::<u32>()

@@ -74,7 +74,7 @@ fn numbers_owner_and_mode_are_exact() {
             at += 1;
             let number = numbers[at % numbers.len()];
             let path = format!("/dev/node{at}");
-            let wanted = Node { path: path.clone(), uid, gid, mode };
+            let wanted = Node { path: path.clone(), uid, gid, mode, link_to: None };
             assert_eq!(container.make(number, &wanted, false).unwrap(), Made::Ours { directories: vec![] });
             let stat = fs::symlink_metadata(container.path(&path)).unwrap();
             assert_eq!(number_of(&container.path(&path)), Some(number));

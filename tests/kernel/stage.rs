@@ -307,8 +307,10 @@ impl Container {
     pub fn remove(&self, number: Number, path: &str, directories: &[String]) -> Result<bool, NodeError> {
         let host = Host::observe().unwrap();
         let (path, directories) = (path.to_owned(), directories.to_vec());
-        inside("test", &self.actor.process(), host, move |inside| node::remove(inside, number, &path, &directories))
-            .unwrap()
+        inside("test", &self.actor.process(), host, move |inside| {
+            node::remove(inside, number, &Node::at(&path), &directories)
+        })
+        .unwrap()
     }
 
     /// The device whose node is at that path.
@@ -324,7 +326,7 @@ impl Container {
 
 /// A wish for a node, owned by root with mode 0660.
 pub fn wish(path: &str) -> Node {
-    Node { path: path.to_owned(), uid: 0, gid: 0, mode: 0o660 }
+    Node { mode: 0o660, ..Node::at(path) }
 }
 
 /// One line a file: path, inode, mode, owner, device, change time, and where a link leads. Directories have no times, so

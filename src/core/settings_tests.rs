@@ -1,0 +1,138 @@
+//! Configuration files read together, and policies put to devices.
+
+use super::*;
+use crate::core::facts::Facts;
+use crate::core::facts::tests::{bench, of_bench};
+
+fn settings(files: &[&str]) -> (Settings, Vec<String>) {
+    let files = files.iter().enumerate().map(|(at, text)| (format!("/etc/{at}.toml"), Ok((*text).to_owned())));
+    Settings::read(&files.collect::<Vec<_>>())
+}
+
+fn subject(name: &str) -> Subject {
+    Subject {
+        names: vec![name.to_owned(), "9414c2935ef0".into()],
+        image: Some("docker.io/library/alpine:3".into()),
+        owner: 0,
+        cgroup: "/machine.slice/libpod-9414c2935ef0.scope".into(),
+    }
+}
+
+/// Why the policies of these files refuse a container of that name this node.
+fn refusal(files: &[&str], name: &str, node: &str) -> Option<String> {
+    let (settings, problems) = settings(files);
+    assert_eq!(problems, [""; 0]);
+    let tree = bench();
+    settings.policies.bounds(&subject(name)).refusal(&Facts::new(of_bench(&tree, node), &tree))
+}
+
+#[test]
+fn without_a_policy_all_is_allowed() {
+    assert_eq!(refusal(&[], "web", "/dev/ttyUSB1"), None);
+    assert_eq!(refusal(&["require-policy = false"], "web", "/dev/ttyUSB1"), None);
+    assert_eq!(refusal(&["[[policy]]\ncontainer = 'db'\nallow = []"], "web", "/dev/ttyUSB1"), None);
+}
+
+#[test]
+fn a_refusal_names_file_and_line() {
+    let file =
+        "# bounds\n\n[[policy]]\ncontainer = 'web*'\nallow = ['tty']\ndeny = [\n  'video',\n  'serial=A1B2',\n]\n";
+    assert_eq!(
+        refusal(&["", file], "web", "/dev/ttyUSB1").unwrap(),
+        "the policy denies it: /etc/1.toml:8: deny = \"serial=A1B2\""
+    );
+    assert_eq!(refusal(&["", file], "web", "/dev/ttyUSB10"), None);
+    assert_eq!(
+        refusal(&["", file], "web", "/dev/hidraw0").unwrap(),
+        "the policy does not allow it: /etc/1.toml:3: allow has nothing that matches"
+    );
+    let more = "[[policy]]\nallow = ['hidraw']";
+    assert_eq!(refusal(&["", file, more], "web", "/dev/hidraw0"), None, "one that allows is enough");
+    assert!(refusal(&["", file, more], "web", "/dev/ttyUSB1").is_some(), "one that denies is enough");
+    assert_eq!(
+        refusal(&["\nrequire-policy = true", file], "db", "/dev/ttyUSB1").unwrap(),
+        "no policy allows it: /etc/0.toml:2: require-policy = true"
+    );
+}
+
+#[test]
+fn all_conditions_of_a_policy_must_fit() {
+    for (conditions, is_for) in [
+        ("", true),
+        ("container = 'w?b'", true),
+        ("container = '9414*'", true),
+        ("container = 'we'", false),
+        ("image = '*/alpine:*'", true),
+        ("image = 'alpine'", false),
+        ("owner = 0", true),
+        ("owner = 1000", false),
+        ("cgroup = '/machine.slice/*'", true),
+        ("cgroup = '/user.slice/*'", false),
+        ("container = 'web'\nowner = 1000", false),
+    ] {
+        let file = format!("[[policy]]\n{conditions}\ndeny = ['tty']");
+        assert_eq!(refusal(&[&file], "web", "/dev/ttyUSB1").is_some(), is_for, "{conditions}");
+    }
+}
+
+#[test]
+fn containers_get_rules_without_asking() {
+    let file = "[[container]]\nmatch = 'podman:home-*'\ndevices = ['tty,as=/dev/zigbee', 'usb']";
+    let (settings, problems) = settings(&[file]);
+    assert_eq!(problems, [""; 0]);
+    let rules = settings.rules_for(&subject("home-assistant"));
+    assert_eq!(rules.iter().map(ToString::to_string).collect::<Vec<_>>(), ["tty,as=/dev/zigbee", "usb"]);
+    assert!(rules.iter().all(|rule| !rule.is_bounded()));
+    assert_eq!(settings.rules_for(&subject("web")), []);
+}
+
+#[test]
+fn a_category_of_any_file_can_be_named() {
+    let (settings, problems) =
+        settings(&["[[container]]\nmatch = 'x'\ndevices = ['robot']", "[category.robot]\nnodes = ['/dev/robot#']"]);
+    assert_eq!((settings.rules_for(&subject("x")).len(), problems.len()), (1, 0));
+}
+
+#[test]
+fn a_bad_file_is_passed_over_whole() {
+    for (file, problem) in [
+        (
+            "enable = ['kvm']\n[[container]]\nmatch = 'x'\ndevices = ['tty', 'tape']",
+            "line 4, column 1: there is no category 'tape'",
+        ),
+        ("[[container]]\nmatch = 'vm:x'\ndevices = []", "line 2: 'vm:' in match is not known"),
+        ("[[container]]\nmatch = 'x['\ndevices = []", "line 2: match: a '['"),
+        ("[[container]]\ndevices = []", "missing field `match`"),
+        (
+            "[category.robot]\nnodes = ['/dev/robot#']\n[[container]]\nmatch = 'x'\ndevices = ['robot,as=x']",
+            "line 5, column 10",
+        ),
+    ] {
+        let (settings, problems) = settings(&[file, "[category.other]\nnodes = ['/dev/other']"]);
+        assert!(
+            problems.len() == 1 && problems[0].starts_with("/etc/0.toml: ") && problems[0].contains(problem),
+            "{problems:?}"
+        );
+        assert!(settings.categories.named("robot").is_none() && settings.categories.named("other").is_some(), "{file}");
+        assert_eq!(settings.policies.unreadable, None);
+    }
+}
+
+#[test]
+fn an_unreadable_policy_allows_nothing() {
+    for file in [
+        "[[policy]]\nallow = ['tape']",
+        "[[policy]]\nallow = ['tty,as=/dev/x']",
+        "require-policy = 3",
+        "[[policy]]\nalow = []",
+    ] {
+        let (settings, problems) = settings(&[file]);
+        assert_eq!(problems.len(), 1, "{file}");
+        let tree = bench();
+        let reason =
+            settings.policies.bounds(&subject("web")).refusal(&Facts::new(of_bench(&tree, "/dev/ttyUSB1"), &tree));
+        assert!(reason.unwrap().contains("/etc/0.toml: line"), "{file}");
+    }
+    let (settings, _) = Settings::read(&[("/etc/0.toml".into(), Err("Permission denied".into()))]);
+    assert!(settings.policies.unreadable.is_some());
+}
