@@ -233,8 +233,8 @@ pub fn why_not(rule: &Rule, facts: &Facts<'_>) -> Option<String> {
         Rule::Category(_) => format!("{node} is not in this category"),
         Rule::Selection(selection) => match selection.selector.failing(facts) {
             Some(reason) if selection.selector.is_withheld(facts) => reason,
-            Some(term) => format!("it is not {term}"),
-            None => "it is not meant".into(),
+            Some(term) => format!("the term {term} does not match"),
+            None => "it is not what the selector means".into(),
         },
         Rule::Seat(_) if number.kind == Kind::Block => format!("{node} is a block device, which no seat has"),
         Rule::Seat(seat) => {

@@ -276,7 +276,12 @@ fn each_rule_says_why_it_does_not_match() {
         (video, "true", &mem, Some("/dev/mem is the host itself, which no annotation grants")),
         (usb, "true", &disk, Some("/dev/ttyUSB1 is a block device")),
         ("org.containers.qm.hotplug.x", "tty;devname=ttyUSB*", &stick, None),
-        ("org.containers.qm.hotplug.x", "subsystem=tty,devname=ttyACM*", &stick, Some("it is not devname=ttyACM*")),
+        (
+            "org.containers.qm.hotplug.x",
+            "subsystem=tty,devname=ttyACM*",
+            &stick,
+            Some("the term devname=ttyACM* does not match"),
+        ),
         (SEAT, "seat1", &sound, None),
         (SEAT, "seat0", &sound, Some("/dev/snd/pcmC1D0p belongs to seat1")),
         (SEAT, "seat0", &stick, Some("udev assigns /dev/ttyUSB0 to no seat")),

@@ -16,6 +16,7 @@ pub(crate) const CASES: &[Case] = &[
     ("verify::init_that_is_not_root", init_that_is_not_root),
     ("explain::a_container_without_a_grant", a_container_without_a_grant),
     ("explain::what_annotations_ask_for", what_annotations_ask_for),
+    ("explain::selectors_links_and_policy", selectors_links_and_policy),
     ("explain::a_container_with_a_user_namespace", a_container_with_a_user_namespace),
 ];
 
@@ -201,6 +202,49 @@ fn what_annotations_ask_for(runtime: &str) {
     agent.stop();
 }
 
+fn selectors_links_and_policy(runtime: &str) {
+    let options = [
+        "--annotation",
+        "org.containers.qm.hotplug.console=subsystem=tty;devname=tty25;as=/dev/con;link=/dev/linked",
+        "--annotation",
+        "org.containers.qm.hotplug.other=subsystem=tty;devname=tty2[6-9]",
+    ];
+    let c = Container::start(runtime, "qmh-selects", &options);
+    let agent = Agent::start();
+    wait_for("the agent to grant it", || c.node("/dev/con").is_some() && c.look("/dev/linked").is_some());
+    let said = explain(&c, "/dev/tty25");
+    assert_eq!(texts(&said, "rule", "good"), ["console (org.containers.qm.hotplug.console): yes"], "{said}");
+    assert_eq!(
+        texts(&said, "rule", "note"),
+        ["other (org.containers.qm.hotplug.other): no, the term devname=tty2[6-9] does not match"],
+        "{said}"
+    );
+    assert_eq!((&said["accessible"], &said["path"]), (&json!(true), &json!("/dev/con")));
+    // A link of ours is proven by its node.
+    for name in ["/dev/con", "/dev/linked"] {
+        assert_eq!(verify(&c, name), accessible(), "{name}");
+    }
+    let answers = json(&qm(&["verify", &c.name, "--json"]));
+    let paths: Vec<&str> = answers.as_array().unwrap().iter().map(|it| it["path"].as_str().unwrap()).collect();
+    assert_eq!(paths.len(), 5, "each node once: {paths:?}");
+    agent.stop();
+
+    let policy = Configuration::write("[[policy]]\ncontainer = \"qmh-selects\"\ndeny = [\"devname=tty30\"]\n");
+    let denied = Container::start(
+        runtime,
+        "qmh-selects-2",
+        &["--annotation", "org.containers.qm.hotplug.console=subsystem=tty;devname=tty30"],
+    );
+    let said = explain(&denied, "/dev/tty30");
+    assert_eq!(texts(&said, "rule", "good").len(), 1, "the policy is for another one: {said}");
+    drop(policy);
+    let policy = Configuration::write("[[policy]]\ncontainer = \"qmh-selects-2\"\ndeny = [\"devname=tty30\"]\n");
+    let said = explain(&denied, "/dev/tty30");
+    let notes = texts(&said, "rule", "note");
+    assert!(notes[0].contains("no, the policy denies it: ") && notes[0].contains("devname=tty30"), "{notes:?}");
+    drop(policy);
+}
+
 fn a_container_with_a_user_namespace(runtime: &str) {
     let bare = Bare::start_in_user_namespace(runtime, "qmh-userns");
     let said = json(&qm(&["explain", &bare.id, "/dev/tty7", "--json"]));
@@ -208,4 +252,26 @@ fn a_container_with_a_user_namespace(runtime: &str) {
     let problem = texts(&said, "container", "bad");
     assert!(problem.len() == 1 && problem[0].contains("user namespace"), "{said}");
     qm(&["verify", &bare.id, "/dev/tty7"]).fails(5, "user namespace");
+}
+
+/// A configuration of this host, in this test program's mount namespace alone; gone when dropped.
+struct Configuration;
+
+impl Configuration {
+    fn write(text: &str) -> Configuration {
+        std::fs::create_dir_all("/etc/qm-hotplug").unwrap();
+        let (none, flags) = (None::<&str>, nix::mount::MsFlags::empty());
+        nix::mount::mount(Some("none"), "/etc/qm-hotplug", Some("tmpfs"), flags, none).unwrap();
+        std::fs::create_dir("/etc/qm-hotplug/config.d").unwrap();
+        std::fs::write("/etc/qm-hotplug/config.d/test.toml", text).unwrap();
+        Configuration
+    }
+}
+
+impl Drop for Configuration {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2("/etc/qm-hotplug", nix::mount::MntFlags::MNT_DETACH);
+        // Only if it is empty, as we made it.
+        let _ = std::fs::remove_dir("/etc/qm-hotplug");
+    }
 }
