@@ -1,6 +1,7 @@
 //! What to do where a container cannot open a device.
 
 use crate::core::annotation::DEVICE_PREFIX;
+use crate::core::category::is_forbidden;
 use crate::core::explanation::{Ask, Situation, allowed};
 use crate::core::proof::{Found, Seen, Subject};
 
@@ -78,6 +79,7 @@ fn get(facts: &Situation<'_>, is_taken: bool) -> String {
             let enable = if category.enabled { "" } else { ", which has to be enabled" };
             format!("--annotation {DEVICE_PREFIX}{}=true{enable}", category.name)
         }
+        None if is_forbidden(facts.subject.number) => return attach,
         None => format!("the annotation that `qm-hotplug devices --annotation {}` prints", facts.node),
     };
     format!("{attach}, or start it with {annotation}")

@@ -140,7 +140,8 @@ fn what_is_granted_is_in_order() {
     let said = explained(&c, "/dev/full");
     assert_eq!(of(&said, "node"), ["bad: /dev/full is missing inside"]);
     assert_eq!(of(&said, "grant"), ["note: none"]);
-    assert_eq!(said["advice"], json!([format!("qm-hotplug attach {} /dev/full", c.name())]));
+    let advice = said["advice"][0].as_str().unwrap();
+    assert!(advice.starts_with(&format!("qm-hotplug attach {} /dev/full, or start it with ", c.name())), "{advice}");
 }
 
 fn in_the_place_of_the_node() {
