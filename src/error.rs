@@ -90,6 +90,16 @@ pub enum Error {
         /// In words, with the advice.
         reason: String,
     },
+    /// `verify` found a device that cannot be opened.
+    #[error("container '{container}': {reason}")]
+    Inaccessible {
+        /// Name or id.
+        container: String,
+        /// In words, with the advice.
+        reason: String,
+        /// The exit code that goes with it.
+        code: u8,
+    },
     /// A container must not start without a device that it does not get.
     #[error("container '{container}' does not start: {rule}: {reason}")]
     Required {
@@ -191,7 +201,7 @@ impl Error {
             Error::TimedOut(_) => 6,
             Error::InContainer { .. } | Error::Host { .. } | Error::BadFile { .. } => 1,
             Error::Undo { first, .. } => first.exit_code(),
-            Error::Remote { code, .. } => *code,
+            Error::Remote { code, .. } | Error::Inaccessible { code, .. } => *code,
         }
     }
 

@@ -33,7 +33,7 @@ enum At {
     Lab(&'static str),
 }
 
-const COMMANDS: [(&str, At); 19] = [
+const COMMANDS: [(&str, At); 21] = [
     ("sudo scripts/demo.sh", At::Here),
     ("sudo scripts/test.sh", At::TestScript),
     ("sudo scripts/install.sh", At::Here),
@@ -52,6 +52,8 @@ const COMMANDS: [(&str, At); 19] = [
     ("sudo qm-hotplug attach app /dev/video1", At::Here),
     ("sudo qm-hotplug attach app /dev/ttyUSB0 /dev/zigbee --access rw --mode 0660", At::Here),
     ("sudo qm-hotplug list app", At::Here),
+    ("sudo qm-hotplug verify app", At::Here),
+    ("sudo qm-hotplug explain app /dev/video2", At::Here),
     ("sudo qm-hotplug detach app /dev/zigbee", At::Here),
     ("sudo qm-hotplug status", At::Here),
     ("sudo ln -sf /usr/bin/qm-hotplug /usr/libexec/oci/hooks.d/oci-qm-device-manager", At::Here),
@@ -59,8 +61,12 @@ const COMMANDS: [(&str, At); 19] = [
 ];
 
 /// Devices that every machine has, in place of those in the README.
-const STAND_INS: [(&str, &str); 3] =
-    [("/dev/video1", "/dev/tty21"), ("/dev/ttyUSB0", "/dev/tty22"), ("usb=10c4:ea60", "devname=tty23")];
+const STAND_INS: [(&str, &str); 4] = [
+    ("/dev/video1", "/dev/tty21"),
+    ("/dev/ttyUSB0", "/dev/tty22"),
+    ("/dev/video2", "/dev/tty23"),
+    ("usb=10c4:ea60", "devname=tty23"),
+];
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -199,6 +205,13 @@ fn usage_works_as_written() {
     assert_eq!(app.sh("stat -c %a /dev/zigbee").ok().trim(), "660");
     let listed = as_written("sudo qm-hotplug list app").ok();
     assert!(listed.contains("/dev/tty21") && listed.contains("/dev/zigbee"), "{listed}");
+    let verified = as_written("sudo qm-hotplug verify app").ok();
+    assert!(verified.contains("/dev/tty21 is accessible (rw)") && verified.contains("/dev/zigbee is"), "{verified}");
+    let explained = as_written("sudo qm-hotplug explain app /dev/video2").ok();
+    for line in ["device  /dev/tty23 is c 4:23 on the host", "grant   none", "node    /dev/tty23 is missing inside"] {
+        assert!(explained.lines().any(|its| its == line), "{line} in {explained}");
+    }
+    assert!(explained.contains("\n→ qm-hotplug attach app /dev/tty23"), "{explained}");
     as_written("sudo qm-hotplug detach app /dev/zigbee").ok();
     assert!(app.sh("test -e /dev/zigbee").code != 0);
     let status = as_written("sudo qm-hotplug status").ok();

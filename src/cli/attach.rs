@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::cli::{Done, change, output};
+use crate::cli::{Done, absolute, change, output};
 use crate::config;
 use crate::core::container::Reference;
 use crate::core::destination;
@@ -155,11 +155,6 @@ fn exactly(path: &str) -> Selection {
     let test = Test::Value(Key::Devname, Glob::exactly(path));
     let selector = Selector { terms: vec![Term { negated: false, test }], withheld: Vec::new() };
     Selection { selector, ..Selection::default() }
-}
-
-fn absolute(path: &str) -> Result<String> {
-    let absolute = std::path::absolute(path).ok().and_then(|path| path.into_os_string().into_string().ok());
-    absolute.ok_or_else(|| Error::Usage("a device's path must not be empty".into()))
 }
 
 /// The devices that the selector means: one, unless all are asked for.

@@ -3,11 +3,13 @@
 mod attach;
 mod detach;
 mod devices;
+mod explain;
 mod list;
 mod monitor;
 mod output;
 mod ps;
 mod status;
+mod verify;
 
 use std::time::{Duration, Instant};
 
@@ -49,6 +51,10 @@ pub enum Command {
     Ps(ps::Args),
     /// Show what happens from now on: grants, revocations, and the devices that containers were refused
     Monitor(monitor::Args),
+    /// Say why a container can or cannot open a device, and what to do
+    Explain(explain::Args),
+    /// Prove that a container can open its devices, without touching them
+    Verify(verify::Args),
     /// Show how the agent and the device filter are
     Status(status::Args),
     /// Run the agent (a systemd service starts this)
@@ -74,6 +80,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Devices(args) => devices::run(args),
         Command::Ps(args) => ps::run(args),
         Command::Monitor(args) => monitor::run(args),
+        Command::Explain(args) => explain::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::Status(args) => status::run(args),
         Command::Agent(args) if args.release => release(),
         Command::Agent(_) => crate::agent::run(),
@@ -85,6 +93,12 @@ pub fn run(cli: Cli) -> Result<()> {
 pub fn precreate(hook: Option<&'static Hook>) -> Result<()> {
     let around = Surroundings { discovery: &Host, log: None };
     precreate::run(hook, &around, &mut std::io::stdin().lock(), &mut std::io::stdout().lock())
+}
+
+/// A device's path as typed, made absolute; links are kept.
+fn absolute(path: &str) -> Result<String> {
+    let path = std::path::absolute(path).ok().and_then(|path| path.into_os_string().into_string().ok());
+    path.ok_or_else(|| Error::Usage("a device's path must not be empty".into()))
 }
 
 /// How long a command waits for another one, or for an agent that is just starting.

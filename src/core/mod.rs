@@ -1,5 +1,6 @@
 //! The pure part: words, formats and decisions. No system call, no clock, no import from the rest of this crate.
 
+mod advice;
 pub mod annotation;
 pub mod assembler;
 pub mod category;
@@ -8,6 +9,7 @@ pub mod container;
 pub mod destination;
 pub mod device;
 pub mod event;
+pub mod explanation;
 pub mod facts;
 pub mod filter_program;
 pub mod glob;
@@ -18,6 +20,7 @@ pub mod naming;
 pub mod pattern;
 pub mod plan;
 pub mod policy;
+pub mod proof;
 pub mod protocol;
 pub mod refusal;
 pub mod rule;

@@ -1,9 +1,12 @@
 //! Carries out changes: the steps of [`crate::core::plan`] on the kernel and on the ledger. What fails is taken back.
 
 mod agreement;
+pub mod explain;
+mod inspect;
 pub mod live;
 pub mod request;
 pub mod store;
+pub mod verify;
 mod withdrawal;
 
 use std::path::Path;

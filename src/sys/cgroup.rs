@@ -71,6 +71,21 @@ impl CgroupRoot {
         Ok(Cgroup { path: path.to_owned(), id, level, fd })
     }
 
+    /// The cgroup with that path, or one above it, that is frozen or about to be: whoever joins it stands still.
+    pub fn frozen(&self, path: &str) -> Option<String> {
+        let says = |path: &str, file: &str, line: &str| {
+            let text = fs::read_to_string(self.path.join(path.trim_start_matches('/')).join(file));
+            text.is_ok_and(|text| text.lines().any(|its| its == line))
+        };
+        self.up(path).find(|path| says(path, "cgroup.events", "frozen 1") || says(path, "cgroup.freeze", "1"))
+    }
+
+    /// The path, and those above it up to but without the root.
+    pub fn up(&self, path: &str) -> impl Iterator<Item = String> + use<> {
+        let above = |path: &String| path.rfind('/').map(|end| path[..end].to_owned());
+        std::iter::successors(Some(path.trim_end_matches('/').to_owned()), above).filter(|path| !path.is_empty())
+    }
+
     /// Process ids in this very cgroup.
     pub fn processes(&self, path: &str) -> io::Result<Vec<u32>> {
         let list = fs::read_to_string(self.path.join(path.trim_start_matches('/')).join("cgroup.procs"))?;

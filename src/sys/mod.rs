@@ -1,6 +1,7 @@
 //! The kernel's edge: every system call and all the `unsafe` of this crate.
 
 pub mod arrival;
+mod asker;
 pub mod block;
 pub mod bpf;
 pub mod cgroup;
@@ -12,8 +13,10 @@ pub mod host;
 mod mark;
 pub mod namespace;
 pub mod node;
+pub mod probe;
 pub mod process;
 pub mod ring;
+pub mod scratch;
 pub mod sysfs;
 pub mod udev;
 pub mod uevent;

@@ -5,9 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Uid, chownat, fstat,
-    fstatfs, fstatvfs, major, makedev, minor, mkdirat, mknodat, openat, openat2, readlinkat, renameat, renameat_with,
-    statat, symlinkat, unlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Uid, chownat, fstat,
+    fstatfs, fstatvfs, major, makedev, minor, mkdirat, mknodat, open, openat, openat2, readlinkat, renameat,
+    renameat_with, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 use thiserror::Error;
@@ -144,14 +144,9 @@ fn make_in(
     }
     let temporary = temporary_name(name);
     let _ = unlinkat(directory, &*temporary, AtFlags::empty());
-    let kind = match number.kind {
-        Kind::Char => FileType::CharacterDevice,
-        Kind::Block => FileType::BlockDevice,
-    };
-    let (mode, device) = (Mode::from_raw_mode(node.mode), makedev(number.major, number.minor));
     match &node.link_to {
         Some(target) => symlinkat(&**target, directory, &*temporary),
-        None => mknodat(directory, &*temporary, kind, mode, device),
+        None => make_at(directory, &temporary, number, node.mode),
     }
     .map_err(NodeError::failed(format!("make a device node in {parent}")))?;
     let placed = match &node.link_to {
@@ -301,6 +296,32 @@ fn is_it(directory: &OwnedFd, name: &str, stat: &Stat, number: Number, node: &No
     number_of(stat) == Some(number) || node.link_to.as_deref().is_some_and(leads_to)
 }
 
+/// The host's node of a device, open to be asked about.
+pub fn of_host(path: &str, number: Number) -> io::Result<OwnedFd> {
+    let fd = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    if number_of(&fstat(&fd)?) != Some(number) {
+        return Err(Errno::STALE.into());
+    }
+    Ok(fd)
+}
+
+/// A node of a device that the host has no node of. Its name is gone at once.
+pub fn anonymous(number: Number) -> io::Result<OwnedFd> {
+    let path = format!("/run/.qm-hotplug-probe-{}", std::process::id());
+    make_at(CWD, &path, number, 0o600)?;
+    let fd = of_host(&path, number);
+    unlinkat(CWD, &*path, AtFlags::empty())?;
+    fd
+}
+
+fn make_at(directory: impl AsFd, name: &str, number: Number, mode: u32) -> Result<(), Errno> {
+    let kind = match number.kind {
+        Kind::Char => FileType::CharacterDevice,
+        Kind::Block => FileType::BlockDevice,
+    };
+    mknodat(directory, name, kind, Mode::from_raw_mode(mode), makedev(number.major, number.minor))
+}
+
 /// The device of a node; `None` for anything that is no device node.
 pub fn number_of(stat: &Stat) -> Option<Number> {
     let kind = match FileType::from_raw_mode(stat.st_mode) {
@@ -335,7 +356,7 @@ fn remove_directories(inside: Inside<'_>, directories: &[String]) {
 }
 
 /// Directory and name of an absolute path.
-fn split(path: &str) -> (&str, &str) {
+pub(super) fn split(path: &str) -> (&str, &str) {
     match path.rsplit_once('/') {
         Some(("", name)) => ("/", name),
         Some((parent, name)) => (parent, name),

@@ -20,6 +20,19 @@ pub struct Process {
     fd: OwnedFd,
 }
 
+/// Who a process is when it opens a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// Its file system uid, in the host's numbers.
+    pub uid: u32,
+    /// Its file system gid.
+    pub gid: u32,
+    /// Its other groups.
+    pub groups: Vec<u32>,
+    /// Which of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH are in effect, as a bit set: they pass over permission bits.
+    pub capabilities: u64,
+}
+
 impl Process {
     /// Opens the process with this number. `None` if there is none, or if it has ended and was not reaped yet.
     pub fn open(pid: u32) -> Option<Process> {
@@ -37,6 +50,22 @@ impl Process {
     /// Whether it has ended.
     pub fn has_exited(&self) -> bool {
         has_exited(self.fd.as_fd())
+    }
+
+    /// Who it is when it opens a file.
+    pub fn user(&self) -> procfs::ProcResult<User> {
+        /// CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH (linux/capability.h).
+        const OVER_PERMISSIONS: u64 = 1 << 1 | 1 << 2;
+        let status = procfs::process::Process::new(self.pid as i32)?.status()?;
+        let groups = status.groups.into_iter().collect();
+        Ok(User { uid: status.fuid, gid: status.fgid, groups, capabilities: status.capeff & OVER_PERMISSIONS })
+    }
+
+    /// What a security module calls it: an SELinux context, an AppArmor profile. `None` without such a module.
+    pub fn security_label(&self) -> Option<String> {
+        let text = std::fs::read_to_string(format!("/proc/{}/attr/current", self.pid)).ok()?;
+        let label = text.trim_matches(['\0', '\n', ' ']);
+        (!label.is_empty()).then(|| label.to_owned())
     }
 
     /// Path below the cgroup2 root, and below the root of the cgroup v1 `devices` hierarchy where there is one.

@@ -58,16 +58,25 @@ pub fn by_path(path: &str) -> Result<Device> {
         Err(errno) => return Err(Error::host(format!("look at {path}"))(errno)),
     };
     let number = number_of(&stat).ok_or_else(|| Error::NotADevice { path: path.into(), what: what_is(&stat) })?;
-    let kind = match number.kind {
-        Kind::Char => udev::DeviceType::Character,
-        Kind::Block => udev::DeviceType::Block,
-    };
     let unknown = |_| Error::NotADevice { path: path.into(), what: "a node that /sys knows no device for" };
-    let known = udev::Device::from_devnum(kind, rustix::fs::makedev(number.major, number.minor)).map_err(unknown)?;
+    let known = known(number).map_err(unknown)?;
     // The node that was named has the owner and mode that count, even if it is a second one for the same device.
     let mut device = owned(&known).ok_or_else(|| Error::NoSuchDevice(path.into()))?;
     (device.uid, device.gid, device.mode) = (stat.st_uid, stat.st_gid, stat.st_mode & 0o777);
     Ok(device)
+}
+
+/// The device that has this number now.
+pub fn by_number(number: Number) -> Option<Device> {
+    owned(&known(number).ok()?)
+}
+
+fn known(number: Number) -> io::Result<udev::Device> {
+    let kind = match number.kind {
+        Kind::Char => udev::DeviceType::Character,
+        Kind::Block => udev::DeviceType::Block,
+    };
+    udev::Device::from_devnum(kind, rustix::fs::makedev(number.major, number.minor))
 }
 
 /// The device that a kernel event told of, if it is still there.

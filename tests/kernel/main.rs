@@ -7,12 +7,14 @@ mod actor;
 mod attach;
 mod before;
 mod block;
+mod explain;
 mod filter;
 mod foreign;
 mod hostile;
 mod kernel_bpf;
 mod marks;
 mod nodes;
+mod probe;
 mod refused;
 mod stage;
 mod standing;
@@ -40,6 +42,8 @@ fn main() {
         attach::TESTS,
         unfit::TESTS,
         block::TESTS,
+        probe::TESTS,
+        explain::TESTS,
     ]
     .concat();
     let trials = tests.into_iter().map(|(name, test)| Trial::test(name, move || isolated(test))).collect();

@@ -44,7 +44,14 @@ fn all_refuse(
     prepare: impl Fn() -> io::Result<()> + Clone + Send + Sync + 'static,
 ) {
     let before = (container.snapshot(), container.cgroup.programs());
-    for args in [&["attach", &container.name(), "/dev/zero"][..], &["agent"], &["agent", "--release"], &["status"]] {
+    let name = container.name();
+    for args in [
+        &["attach", &name, "/dev/zero"][..],
+        &["explain", &name, "/dev/zero"],
+        &["agent"],
+        &["agent", "--release"],
+        &["status"],
+    ] {
         let line = qm_after(args, prepare.clone()).fails(5, texts[0]);
         for text in texts {
             assert!(line.contains(text), "{text:?} in what {args:?} says: {line}");

@@ -19,6 +19,7 @@ mod refused_containers;
 mod refused_destinations;
 mod state;
 mod updates;
+mod verify;
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -52,6 +53,7 @@ fn main() {
         monitor::CASES,
         refused_destinations::CASES,
         refused_containers::CASES,
+        verify::CASES,
     ];
     let each = |(name, case): &Case| {
         let case = *case;

@@ -177,6 +177,8 @@ fn callers_that_may_not(runtime: &str) {
             &["attach", &c.name, device][..],
             &["detach", &c.name, device],
             &["list"],
+            &["explain", &c.name, device],
+            &["verify", &c.name],
             &["status"],
             &["ps"],
             &["agent"],
@@ -206,7 +208,14 @@ fn callers_that_may_not(runtime: &str) {
 fn from_inside_a_container(runtime: &str) {
     let device = block(47);
     for namespace in ["--map-root-user", "--pid", "--cgroup"] {
-        for args in [&["agent"][..], &["attach", "qmh-x", &device.path], &["agent", "--release"], &["ps"]] {
+        for args in [
+            &["agent"][..],
+            &["attach", "qmh-x", &device.path],
+            &["agent", "--release"],
+            &["ps"],
+            &["explain", "qmh-x", &device.path],
+            &["verify", "qmh-x"],
+        ] {
             // The test's own empty run directory is seen by these: with an agent they would be its clients.
             refused(
                 &[],

@@ -1,0 +1,39 @@
+//! `qm-hotplug explain`.
+
+use crate::agent::client;
+use crate::cli::{absolute, output};
+use crate::error::Result;
+use crate::{ops, runtime};
+
+/// Arguments of `explain`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Container: name, id, podman:NAME or pid:N
+    #[arg(value_name = "CTR")]
+    container: String,
+    /// Device on the host, or its path in the container
+    #[arg(value_name = "DEV")]
+    device: String,
+    /// Print findings and advice as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs it.
+pub(super) fn run(args: Args) -> Result<()> {
+    let device = absolute(&args.device)?;
+    let agent = std::os::unix::net::UnixStream::connect(client::socket_path()).is_ok();
+    let explained = ops::explain::explain(&runtime::scan(), &args.container, &device, agent)?;
+    if args.json {
+        return output::json(&explained);
+    }
+    let explanation = &explained.explanation;
+    let width = explanation.findings.iter().map(|finding| finding.topic.len()).max().unwrap_or(0);
+    for finding in &explanation.findings {
+        output::line(&format!("{:width$}  {}", finding.topic, finding.text))?;
+    }
+    if explanation.accessible == Some(true) {
+        output::line(&format!("→ {} can open {}", args.container, explained.path))?;
+    }
+    explanation.advice.iter().try_for_each(|advice| output::line(&format!("→ {advice}")))
+}

@@ -1,0 +1,232 @@
+//! Collects what decides whether a container can open a device; [`crate::core::explanation`] puts it into words.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::config;
+use crate::core::annotation::{cut_off, rule, whole};
+use crate::core::category::Categories;
+use crate::core::container::{Container, Reference};
+use crate::core::device::{Access, Device, Kind, Number};
+use crate::core::explanation::{
+    Alone, Ask, Explanation, Filter, Granted, Judged, Situation, explain as put_into_words,
+};
+use crate::core::facts::Facts;
+use crate::core::ledger::Origin;
+use crate::core::proof::{Answer, Subject};
+use crate::core::settings::Settings;
+use crate::error::{Error, Result};
+use crate::ops::RUN_DIRECTORY;
+use crate::ops::inspect::{Inspection, NodeFd, OPENS, Target, of_container, targets};
+use crate::ops::live::{self, lookup};
+use crate::ops::store::Store;
+use crate::sys::block;
+use crate::sys::bpf::{Program, attached};
+use crate::sys::cgroup::CgroupRoot;
+use crate::sys::device_filter::DeviceFilter;
+use crate::sys::host::require_fitness;
+use crate::sys::scratch::Scratch;
+use crate::sys::sysfs::KernelSysfs;
+
+/// What the names of all our programs begin with.
+const OURS: &str = "qmhp_";
+
+/// The explanation of one device in one container. The field names are stable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Explained {
+    /// Name of the container, or its id where it has none.
+    pub container: String,
+    /// Its id.
+    pub id: String,
+    /// The device's node on the host.
+    pub device: String,
+    /// `char` or `block`.
+    pub kind: Kind,
+    /// Major number.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+    /// Where its node is or would be inside.
+    pub path: String,
+    /// Findings and advice.
+    #[serde(flatten)]
+    pub explanation: Explanation,
+}
+
+/// Explains `device`, an absolute path on the host or inside. `agent` says whether one runs.
+pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) -> Result<Explained> {
+    require_fitness()?;
+    let cgroups = CgroupRoot::find()?;
+    let container = lookup(containers, &Reference::parse(name).map_err(Error::Usage)?)?;
+    let entries = of_container(Store::peek(Path::new(RUN_DIRECTORY))?, &container);
+    let (inspection, problem) = match Inspection::new(&cgroups, &container) {
+        Ok(inspection) => (Some(inspection), None),
+        Err(Error::Refused { reason, .. }) => (None, Some(reason)),
+        Err(error) => return Err(error),
+    };
+    let frozen = inspection.as_ref().and_then(Inspection::frozen);
+    let askable = inspection.as_ref().filter(|_| frozen.is_none());
+    let all = targets(&container, &entries, askable, device)?;
+    let target = all.first().expect("it is there or an error");
+    let (settings, _) = config::settings();
+    let holder = inspection.as_ref().map(|inspection| &inspection.holder);
+    let its = live::subject(&container, holder, settings.policies.look_at_images());
+    let mut asks = asks(&container, &settings);
+    let configured = settings.rules_for(&its).into_iter();
+    asks.extend(configured.map(|rule| Ask { source: "the host's configuration".into(), rule: Ok(rule) }));
+    let sysfs = KernelSysfs::default();
+    let known = target.device.as_ref().map(|device| Facts::new(device, &sysfs));
+    let subject = inspection.as_ref().map_or_else(|| subject(target), |inspection| inspection.subject(target));
+    let answer = match (&inspection, frozen) {
+        (Some(inspection), None) => match inspection.ask(&subject, false, || NodeFd::of(target)) {
+            // That is a part of the explanation.
+            Err(error @ (Error::TimedOut(_) | Error::InContainer { .. })) => Err(error.chain()),
+            answer => Ok(answer?),
+        },
+        (_, reason) => Err(reason.unwrap_or_default()),
+    };
+    let filter = match &inspection {
+        Some(inspection) => filter(inspection, target, &subject)?,
+        None => Filter::default(),
+    };
+    let situation = Situation {
+        container: name,
+        node: &target.node,
+        device: known.as_ref(),
+        in_use: in_use(target, known.as_ref(), &asks, &answer),
+        subject,
+        category: target.device.as_ref().and_then(|device| best(&settings.categories, device)),
+        asks,
+        bounds: &settings.policies.bounds(&its),
+        grant: target.entry.as_ref().map(|entry| Granted {
+            access: entry.grant.access,
+            origin: match &entry.grant.origin {
+                Origin::Manual => "attached by hand".into(),
+                Origin::Rule(rule) => format!("granted by its annotation for {rule}"),
+            },
+            manual: entry.grant.origin == Origin::Manual,
+            left_over: entry.left_over.clone(),
+        }),
+        agent,
+        problem,
+        filter,
+        answer,
+        label: inspection.as_ref().and_then(|inspection| inspection.process.security_label()),
+    };
+    Ok(Explained {
+        container: container.label().to_owned(),
+        id: container.id.clone(),
+        device: target.node.clone(),
+        kind: target.number.kind,
+        major: target.number.major,
+        minor: target.number.minor,
+        path: target.path.clone(),
+        explanation: put_into_words(&situation),
+    })
+}
+
+fn subject(target: &Target) -> Subject {
+    Subject { path: target.path.clone(), number: target.number, access: OPENS, user: String::new() }
+}
+
+fn asks(container: &Container, settings: &Settings) -> Vec<Ask> {
+    let cut = cut_off(container.annotations().map(|(key, _)| key));
+    let ask = |(key, value): (&str, &str)| {
+        let found = rule(key, value, &settings.categories)?.and_then(|rule| whole(rule, key, value, cut));
+        Some(match found {
+            Ok(rule) => Ask { source: key.to_owned(), rule: Ok(rule) },
+            Err(ignored) => Ask { source: ignored.key, rule: Err(ignored.reason) },
+        })
+    };
+    container.annotations().filter_map(ask).collect()
+}
+
+/// The category that a person would name: one that needs no enabling, before others.
+fn best<'a>(categories: &'a Categories, device: &Device) -> Option<&'a crate::core::category::Category> {
+    let having = || categories.iter().filter(|category| category.contains(device));
+    having().find(|category| category.enabled).or_else(|| having().next())
+}
+
+/// What keeps the agent from granting a disk. To look opens it, so it is done only where that is the question.
+fn in_use(
+    target: &Target,
+    known: Option<&Facts<'_>>,
+    asks: &[Ask],
+    answer: &std::result::Result<Answer, String>,
+) -> Option<String> {
+    let known = known.filter(|known| known.device.number.kind == Kind::Block)?;
+    let is_asked = asks.iter().any(|ask| ask.rule.as_ref().is_ok_and(|rule| rule.matches(known).is_some()));
+    let is_open = target.entry.is_some() || answer.as_ref().is_ok_and(|answer| answer.filter == Some(0));
+    (is_asked && !is_open).then(|| block::in_use(&known.device.node, known.device.number)).flatten()
+}
+
+fn filter(inspection: &Inspection<'_>, target: &Target, subject: &Subject) -> Result<Filter> {
+    let Inspection { cgroups, holder, cgroup, .. } = inspection;
+    let failed = || Error::host::<io::Error>("read the device filter");
+    let standing = DeviceFilter::standing(cgroups)?;
+    let programs = foreign(cgroups, &cgroup.path).map_err(failed())?;
+    let mut filter = Filter {
+        programs: judge(cgroups, programs, target, subject.access),
+        below: cgroup.path != holder.cgroup,
+        after: standing.after,
+        ..Filter::default()
+    };
+    if let Some(ours) = DeviceFilter::existing(cgroups)? {
+        filter.granted = Some(ours.get(holder.cgroup_id, target.number).map_err(failed())?);
+        let is_it = |(cgroup, number): (u64, Number)| (cgroup, number) == (holder.cgroup_id, target.number);
+        let withdrawn = ours.withdrawn().map_err(failed())?;
+        filter.withdrawn = withdrawn.iter().any(|entry| is_it((entry.cgroup, entry.number)));
+        let own = cgroups.open(&holder.cgroup).map_err(failed())?;
+        filter.marked = ours.is_marked(&own).map_err(failed())?;
+    }
+    Ok(filter)
+}
+
+/// A program of others: its cgroup, name and id.
+struct Foreign {
+    cgroup: String,
+    name: String,
+    id: u32,
+    program: Program,
+}
+
+/// The programs that are not ours, from a cgroup up to the root, in the order in which they run.
+fn foreign(cgroups: &CgroupRoot, path: &str) -> io::Result<Vec<Foreign>> {
+    let mut found = Vec::new();
+    for path in cgroups.up(path) {
+        add(&mut found, path.clone(), cgroups.open(&path)?.as_fd())?;
+    }
+    add(&mut found, "/".into(), cgroups.as_fd())?;
+    Ok(found)
+}
+
+fn add(found: &mut Vec<Foreign>, cgroup: String, fd: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
+    for program in attached(fd)? {
+        let info = program.info()?;
+        if !info.name.starts_with(OURS) {
+            found.push(Foreign { cgroup: cgroup.clone(), name: info.name, id: info.id, program });
+        }
+    }
+    Ok(())
+}
+
+/// Asks each program alone.
+fn judge(cgroups: &CgroupRoot, programs: Vec<Foreign>, target: &Target, access: Access) -> Vec<Judged> {
+    if programs.is_empty() {
+        return Vec::new();
+    }
+    let asked = Scratch::new(cgroups).and_then(|scratch| Ok((scratch, NodeFd::of(target)?)));
+    let verdict = |program: &Program| match &asked {
+        Ok((scratch, node)) => match scratch.refuses(program, node.borrow(), access) {
+            Ok(true) => Alone::Refuses,
+            Ok(false) => Alone::Allows,
+            Err(error) => Alone::Unknown(error.to_string()),
+        },
+        Err(error) => Alone::Unknown(error.chain()),
+    };
+    let judged = |Foreign { cgroup, name, id, program }| Judged { cgroup, name, id, verdict: verdict(&program) };
+    programs.into_iter().map(judged).collect()
+}
