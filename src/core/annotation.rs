@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use crate::core::category::{Categories, render_nodes};
-use crate::core::grammar::{self, Author, selection};
+use crate::core::grammar::{Author, OPTIONS, selection};
 use crate::core::rule::Rule;
 use crate::core::seat::{self, Seat};
 use crate::core::selection::Selection;
+use crate::core::selector::KEYS;
 use crate::core::text::excerpt;
 
 /// What precedes all of ours and of containers/qm's.
@@ -39,7 +40,7 @@ pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Ru
     let name = key.strip_prefix(PREFIX).filter(|_| key != AT_START)?;
     if let Some(name) = key.strip_prefix(HOTPLUG_PREFIX) {
         // A selector that cannot be read may have been one without which the container must not start.
-        let required = value.split(',').any(|item| item.trim() == "required");
+        let required = value.split([',', ';']).any(|item| item.trim() == "required");
         let rule = hotplug(name, value, categories).map(|selection| Rule::Selection(Arc::new(selection)));
         return Some(rule.map_err(|reason| Ignored { key: excerpt(key), reason, required }));
     }
@@ -69,7 +70,16 @@ pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Ru
 
 /// An annotation that is the rest of a selector: podman 4.3 cuts the value of `--annotation` at each comma.
 pub fn cut_off<'a>(keys: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    keys.into_iter().find(|key| grammar::is_key(key))
+    keys.into_iter().find(|key| is_key(key))
+}
+
+/// Whether that is what a term or an option has before its `=`.
+fn is_key(word: &str) -> bool {
+    let word = word.trim().trim_end_matches('!');
+    KEYS.iter().any(|(name, _)| *name == word)
+        || OPTIONS.contains(&word)
+        || ["usb", "parent", "category"].contains(&word)
+        || ["env.", "attr.", "attrs."].iter().any(|prefix| word.starts_with(prefix))
 }
 
 /// The rule, unless it is a selector that may have been cut: it would stand for more devices than it was to.
@@ -173,6 +183,20 @@ mod tests {
         assert_eq!(found.len(), 1);
         let (found, _) = rules([asked[0], ("org.containers.qm.device.video", "true")], &Categories::default());
         assert_eq!(found.len(), 1, "categories have no commas");
+    }
+
+    #[test]
+    fn a_selector_that_cannot_be_read_is_required_if_it_says_so() {
+        for (value, required) in [
+            ("tape,required", true),
+            ("tape;required", true),
+            ("tape, required ;x", true),
+            ("tape", false),
+            ("tape,serial=required", false),
+        ] {
+            let ignored = rule("org.containers.qm.hotplug.x", value, &Categories::default()).unwrap().unwrap_err();
+            assert_eq!(ignored.required, required, "{value}");
+        }
     }
 
     #[test]

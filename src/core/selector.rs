@@ -21,6 +21,7 @@ use crate::core::category::{Category, is_forbidden};
 use crate::core::device::Kind;
 use crate::core::facts::Facts;
 use crate::core::glob::Glob;
+use crate::core::grammar::FLAGS;
 use crate::core::seat;
 
 /// Which devices are meant: those that all terms match.
@@ -223,7 +224,10 @@ impl fmt::Display for Term {
                 let text = globs.iter().map(ToString::to_string).collect::<Vec<_>>().join(":");
                 write!(f, "usb{equals}{}", quoted(&text))
             }
-            Test::Category(category) if self.negated => write!(f, "category!={}", category.name),
+            // A bare word that is an option's would be that.
+            Test::Category(category) if self.negated || FLAGS.contains(&&*category.name) => {
+                write!(f, "category{equals}{}", category.name)
+            }
             Test::Category(category) => f.write_str(&category.name),
             Test::Parent(terms) => write!(f, "parent{equals}({})", Listed(terms)),
         }
