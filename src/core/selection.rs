@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use crate::core::destination;
 use crate::core::device::{Access, Device};
-use crate::core::facts::Facts;
+use crate::core::facts::{Facts, Other};
 use crate::core::ledger::Node;
 use crate::core::selector::{Selector, quoted};
 
@@ -101,7 +101,7 @@ impl Selection {
         let may_be_child = self.options.children
             && OF_CHILDREN.contains(&facts.device.subsystem.as_str())
             && !self.selector.is_withheld(facts);
-        let matches = |other: &Device| {
+        let matches = |other: &Other| {
             let others = facts.of(other);
             self.selector.terms.iter().all(|term| term.matches(&others))
         };

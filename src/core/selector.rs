@@ -148,9 +148,9 @@ impl Test {
                 globs.iter().zip(has).all(|(glob, value)| glob.matches(value.map_or("", String::as_str)))
             }),
             Test::Category(category) => category.contains(facts.device),
-            Test::Parent(terms) => facts.hubs().any(|plugged| {
-                plugged.iter().any(|device| {
-                    let its = facts.of(device);
+            Test::Parent(terms) => facts.hubs().iter().any(|plugged| {
+                plugged.iter().any(|other| {
+                    let its = facts.of(other);
                     terms.iter().all(|term| term.matches(&its))
                 })
             }),
@@ -175,7 +175,7 @@ impl Key {
             Key::Serial => either(facts.property("ID_SERIAL_SHORT"), usb(|usb| usb.serial.as_deref()), test),
             Key::Model => named(facts.property("ID_MODEL"), usb(|usb| usb.product.as_deref()), test),
             Key::Vendor => named(facts.property("ID_VENDOR"), usb(|usb| usb.manufacturer.as_deref()), test),
-            Key::IdPath => facts.inherited_property("ID_PATH").is_some_and(|path| test(&path)),
+            Key::IdPath => facts.id_path().is_some_and(test),
             Key::Port => facts.usb().is_some_and(|usb| test(usb.port())),
             Key::Pci => facts.pci().iter().any(|place| test(place)),
             Key::Seat => seat::of(device).is_some_and(test),
