@@ -6,7 +6,7 @@ use std::time::Instant;
 use crate::agent::registry::{Known, Registry};
 use crate::core::device::{Device, Kind, Number};
 use crate::core::event::{Changed, Event};
-use crate::core::facts::Facts;
+use crate::core::facts::{Facts, usb_bus};
 use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement, Withdrawal};
 use crate::core::matcher;
 use crate::core::plan::{Change, changes};
@@ -79,7 +79,8 @@ pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event:
     look_around(executor, registry, devpath, had_path, since);
 }
 
-/// Looks again at the containers that pass the test, and at those whose rules look at other devices, too.
+/// Looks again at the containers that pass the test, and at those whose rules look at other devices, too: at what is on
+/// the same USB bus, since no rule looks further.
 fn look_around(
     executor: &mut Executor,
     registry: &mut Registry,
@@ -87,11 +88,15 @@ fn look_around(
     test: impl Fn(&Known) -> bool,
     since: Instant,
 ) {
-    let is_usb = devpath.contains("/usb");
-    let looks = |known: &Known| test(known) || is_usb && known.selections().any(Selection::looks_around);
-    let ids: Vec<String> =
-        registry.containers.values().filter(|known| looks(known)).map(|known| known.container.id.clone()).collect();
-    ids.iter().for_each(|id| all_of(executor, registry, id, since));
+    let ids = |test: &dyn Fn(&Known) -> bool| -> BTreeSet<String> {
+        registry.containers.iter().filter(|(_, known)| test(known)).map(|(id, _)| id.clone()).collect()
+    };
+    let whole = ids(&test);
+    let bus = usb_bus(devpath).map(|bus| (bus, ids(&|known| known.selections().any(Selection::looks_around))));
+    all_of(executor, registry, &whole, "", since);
+    if let Some((bus, looking)) = bus {
+        all_of(executor, registry, &looking, bus, since);
+    }
 }
 
 /// A container's state appeared or changed.
@@ -101,20 +106,27 @@ pub(super) fn container(executor: &mut Executor, registry: &mut Registry, direct
     if !is_new && executor.ledger.entries().iter().any(|entry| entry.grant.holder.id == id) {
         return mark_again(executor, id);
     }
-    all_of(executor, registry, id, since);
+    all_of(executor, registry, &BTreeSet::from([id.to_owned()]), "", since);
 }
 
-/// Compares all of a container's.
-fn all_of(executor: &mut Executor, registry: &mut Registry, id: &str, since: Instant) {
-    if !registry.containers.contains_key(id) {
+/// Compares all that the containers with these ids have or should have of the devices whose `DEVPATH` begins so.
+fn all_of(executor: &mut Executor, registry: &mut Registry, ids: &BTreeSet<String>, place: &str, since: Instant) {
+    if !ids.iter().any(|id| registry.containers.contains_key(id)) {
         return;
     }
-    let observed = entries(executor, |entry| entry.grant.holder.id == id);
+    let is_there = |devpath: &str| devpath.starts_with(place);
+    let is_one = |entry: &Entry| ids.contains(&entry.grant.holder.id) && is_there(&entry.grant.device.identity.devpath);
+    let observed = entries(executor, is_one);
     let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
-    let in_force = |entry: &Entry| entry.grant.holder.id != id || stays(entry);
-    let mut desired = wanted(executor, registry, |known| known.container.id == id, |_| true, in_force);
+    let in_force = |entry: &Entry| !is_one(entry) || stays(entry);
+    let on = |device: &Device| is_there(&device.identity.devpath);
+    let mut desired = wanted(executor, registry, |known| ids.contains(&known.container.id), on, in_force);
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
-    settle_withdrawals(executor, registry, &desired, |known, _| known.container.id == id, None);
+    let of_devices = registry.devices.values().filter(|device| on(device)).map(|device| device.number);
+    let numbers: HashSet<Number> = of_devices.chain(observed.iter().map(|entry| entry.grant.device.number)).collect();
+    let is_its =
+        |known: &Known, number| ids.contains(&known.container.id) && (place.is_empty() || numbers.contains(&number));
+    settle_withdrawals(executor, registry, &desired, is_its, None);
     carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
 }
 
@@ -155,7 +167,6 @@ fn settle_withdrawals(
     executor.restore_ended();
     for known in registry.containers.values() {
         let (Some(holder), container) = (&known.holder, &known.container) else { continue };
-        let at_start = known.nodes_at_start();
         let numbers: BTreeSet<Number> = container.devices.iter().map(|(number, _)| *number).collect();
         for number in numbers.into_iter().filter(|number| test(known, *number)) {
             let paths = container.devices.iter().filter(|(its, _)| *its == number).map(|(_, path)| path.as_str());
@@ -173,7 +184,8 @@ fn settle_withdrawals(
             };
             let is_withdrawn = executor.is_withdrawn(holder, number);
             let is_granted = has_grant(executor, holder, number);
-            let due = withdrawal::is_due(&known.rules, &at_start, number, &paths, is_withdrawn || is_granted, presence);
+            let due =
+                withdrawal::is_due(&known.rules, &known.at_start, number, &paths, is_withdrawn || is_granted, presence);
             let result = match (due, is_withdrawn) {
                 // Also what is withdrawn already: the act may have failed.
                 (Some(true), _) => executor.withdraw(holder, number).map(|()| {

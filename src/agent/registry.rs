@@ -34,6 +34,8 @@ pub(super) struct Known {
     bounds: Bounds,
     /// Its own cgroup, where it can be worked on. Looked up for containers that ask for something.
     pub(super) holder: Option<Holder>,
+    /// The paths of the nodes that the hook has made for selectors.
+    pub(super) at_start: Vec<String>,
     /// Its `/etc/group`, once it was asked for.
     groups: OnceCell<String>,
     /// Held so that its end is heard of.
@@ -62,12 +64,6 @@ impl Known {
     /// The selectors that it asks with.
     pub(super) fn selections(&self) -> impl Iterator<Item = &Selection> {
         self.rules.iter().filter_map(Rule::selection)
-    }
-
-    /// The paths of the nodes that the hook has made for selectors.
-    pub(super) fn nodes_at_start(&self) -> Vec<String> {
-        let text = self.container.annotations.get(AT_START);
-        text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
     }
 }
 
@@ -183,8 +179,8 @@ impl Registry {
         };
         tracing::debug!(container = container.label(), id = container.id, "known");
         let bounds = self.bounds_of(&container, holder.as_ref());
-        let groups = OnceCell::new();
-        let known = Known { container, rules, bounds, holder, groups, _init: init, token };
+        let (at_start, groups) = (nodes_at_start(&container), OnceCell::new());
+        let known = Known { container, rules, bounds, holder, at_start, groups, _init: init, token };
         self.containers.insert(known.container.id.clone(), known);
         true
     }
@@ -261,6 +257,12 @@ impl Registry {
     pub(super) fn snapshot(&self) -> Vec<Container> {
         self.containers.values().map(|known| known.container.clone()).collect()
     }
+}
+
+/// By the hook's own annotation, which a container can have from anybody: then it may lose what it names there.
+fn nodes_at_start(container: &Container) -> Vec<String> {
+    let text = container.annotations.get(AT_START);
+    text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
 }
 
 /// What the container asks for by annotations, and what it gets without asking.

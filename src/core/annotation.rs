@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use crate::core::category::{Categories, render_nodes};
-use crate::core::grammar::{self, Author, selection};
+use crate::core::grammar::{Author, OPTIONS, selection};
 use crate::core::rule::Rule;
 use crate::core::seat::{self, Seat};
 use crate::core::selection::Selection;
+use crate::core::selector::KEYS;
 use crate::core::text::excerpt;
 
 /// What precedes all of ours and of containers/qm's.
@@ -39,7 +40,7 @@ pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Ru
     let name = key.strip_prefix(PREFIX).filter(|_| key != AT_START)?;
     if let Some(name) = key.strip_prefix(HOTPLUG_PREFIX) {
         // A selector that cannot be read may have been one without which the container must not start.
-        let required = value.split(',').any(|item| item.trim() == "required");
+        let required = value.split([',', ';']).any(|item| item.trim() == "required");
         let rule = hotplug(name, value, categories).map(|selection| Rule::Selection(Arc::new(selection)));
         return Some(rule.map_err(|reason| Ignored { key: excerpt(key), reason, required }));
     }
@@ -67,17 +68,44 @@ pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Ru
     Some(rule.map_err(|reason| Ignored { key: excerpt(key), reason: excerpt(&reason), required: false }))
 }
 
-/// An annotation that is the rest of a selector: podman 4.3 cuts the value of `--annotation` at each comma.
-pub fn cut_off<'a>(keys: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    keys.into_iter().find(|key| grammar::is_key(key))
+/// Why no selector of a container counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Obstacle<'a> {
+    /// There is an annotation that is the rest of one: podman 4.3 cuts the value of `--annotation` at each comma.
+    Cut(&'a str),
+    /// There are too many of them.
+    TooMany,
 }
 
-/// The rule, unless it is a selector that may have been cut: it would stand for more devices than it was to.
-pub fn whole(rule: Rule, key: &str, value: &str, cut: Option<&str>) -> Result<Rule, Ignored> {
-    let Some(cut) = cut.filter(|_| rule.selection().is_some()) else { return Ok(rule) };
-    let reason = format!(
-        "there is an annotation '{cut}', so podman has cut a selector at its commas: write ';' in their place, {key}={value};{cut}=…"
-    );
+/// How many selectors a container may ask with: each event has all of them looked at.
+const MOST_SELECTORS: usize = 64;
+
+/// What stands in the way of a container's selectors, by the keys of its annotations.
+pub fn obstacle<'a>(keys: impl Iterator<Item = &'a str> + Clone) -> Option<Obstacle<'a>> {
+    let selectors = keys.clone().filter(|key| key.starts_with(HOTPLUG_PREFIX)).count();
+    let too_many = (selectors > MOST_SELECTORS).then_some(Obstacle::TooMany);
+    too_many.or_else(|| keys.into_iter().find(|key| is_key(key)).map(Obstacle::Cut))
+}
+
+/// Whether that is what a term or an option has before its `=`.
+fn is_key(word: &str) -> bool {
+    let word = word.trim().trim_end_matches('!');
+    KEYS.iter().any(|(name, _)| *name == word)
+        || OPTIONS.contains(&word)
+        || ["usb", "parent", "category"].contains(&word)
+        || ["env.", "attr.", "attrs."].iter().any(|prefix| word.starts_with(prefix))
+}
+
+/// The rule, unless it is a selector that something stands in the way of. One that was cut would stand for more devices
+/// than it was to.
+pub fn whole(rule: Rule, key: &str, value: &str, obstacle: Option<Obstacle<'_>>) -> Result<Rule, Ignored> {
+    let Some(obstacle) = obstacle.filter(|_| rule.selection().is_some()) else { return Ok(rule) };
+    let reason = match obstacle {
+        Obstacle::Cut(cut) => format!(
+            "there is an annotation '{cut}', so podman has cut a selector at its commas: write ';' in their place, {key}={value};{cut}=…"
+        ),
+        Obstacle::TooMany => format!("the container has more than {MOST_SELECTORS} annotations {HOTPLUG_PREFIX}NAME"),
+    };
     let required = rule.selection().is_some_and(|selection| selection.options.required);
     Err(Ignored { key: excerpt(key), reason: excerpt(&reason), required })
 }
@@ -98,10 +126,10 @@ pub fn rules<'a>(
 ) -> (Vec<Rule>, Vec<Ignored>) {
     let (mut rules, mut ignored) = (Vec::new(), Vec::new());
     let annotations: Vec<(&str, &str)> = annotations.into_iter().collect();
-    let cut = cut_off(annotations.iter().map(|(key, _)| *key));
+    let obstacle = obstacle(annotations.iter().map(|(key, _)| *key));
     for (key, value) in annotations {
         let Some(found) = rule(key, value, categories) else { continue };
-        match found.and_then(|rule| whole(rule, key, value, cut)) {
+        match found.and_then(|rule| whole(rule, key, value, obstacle)) {
             Ok(rule) => rules.push(rule),
             Err(one) => ignored.push(one),
         }
@@ -173,6 +201,31 @@ mod tests {
         assert_eq!(found.len(), 1);
         let (found, _) = rules([asked[0], ("org.containers.qm.device.video", "true")], &Categories::default());
         assert_eq!(found.len(), 1, "categories have no commas");
+    }
+
+    #[test]
+    fn of_too_many_selectors_none_counts() {
+        let keys: Vec<String> = (0..65).map(|at| format!("{HOTPLUG_PREFIX}{at}")).collect();
+        let asked = |count: usize| keys[..count].iter().map(|key| (key.as_str(), "tty"));
+        assert_eq!(rules(asked(64), &Categories::default()).0.len(), 64);
+        let video = [("org.containers.qm.device.video", "true")];
+        let (found, ignored) = rules(asked(65).chain(video), &Categories::default());
+        assert_eq!((found.len(), ignored.len()), (1, 65));
+        assert!(ignored[0].reason.contains("more than 64"), "{ignored:?}");
+    }
+
+    #[test]
+    fn a_selector_that_cannot_be_read_is_required_if_it_says_so() {
+        for (value, required) in [
+            ("tape,required", true),
+            ("tape;required", true),
+            ("tape, required ;x", true),
+            ("tape", false),
+            ("tape,serial=required", false),
+        ] {
+            let ignored = rule("org.containers.qm.hotplug.x", value, &Categories::default()).unwrap().unwrap_err();
+            assert_eq!(ignored.required, required, "{value}");
+        }
     }
 
     #[test]

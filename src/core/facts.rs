@@ -1,6 +1,5 @@
 //! What selectors ask of a device: its udev properties, and the directories of `/sys` that it and all above it have.
 
-use std::borrow::Cow;
 use std::cell::OnceCell;
 
 use crate::core::device::Device;
@@ -24,9 +23,32 @@ pub struct Facts<'a> {
     /// The device.
     pub device: &'a Device,
     sysfs: &'a dyn Sysfs,
+    own: Found,
+    known: Option<&'a Found>,
+}
+
+/// What was found out about a device: a thousand rules may ask, and it is looked for once.
+#[derive(Default)]
+struct Found {
     usb: OnceCell<Option<Usb>>,
     drivers: OnceCell<Vec<String>>,
     pci: OnceCell<Vec<String>>,
+    id_path: OnceCell<Option<String>>,
+    hubs: OnceCell<Vec<Vec<Other>>>,
+    family: OnceCell<Vec<Other>>,
+}
+
+/// Another device, that what is asked of a device depends on.
+pub struct Other {
+    /// The device.
+    pub device: Device,
+    found: Found,
+}
+
+impl From<Device> for Other {
+    fn from(device: Device) -> Other {
+        Other { device, found: Found::default() }
+    }
 }
 
 /// The USB device that a device is, or belongs to.
@@ -63,7 +85,11 @@ const DEPTH: usize = 8;
 impl<'a> Facts<'a> {
     /// Looks at nothing yet.
     pub fn new(device: &'a Device, sysfs: &'a dyn Sysfs) -> Facts<'a> {
-        Facts { device, sysfs, usb: OnceCell::new(), drivers: OnceCell::new(), pci: OnceCell::new() }
+        Facts { device, sysfs, own: Found::default(), known: None }
+    }
+
+    fn found(&self) -> &Found {
+        self.known.unwrap_or(&self.own)
     }
 
     /// A property of udev's.
@@ -71,15 +97,15 @@ impl<'a> Facts<'a> {
         self.device.properties.get(name).map(String::as_str)
     }
 
-    /// A property of udev's, of the device or else of the nearest one above that has it: not every node's rules set it.
-    pub fn inherited_property(&self, name: &str) -> Option<Cow<'_, str>> {
-        let above = || self.ancestry().skip(1).find_map(|path| self.sysfs.property(path, name));
-        self.property(name).map(Cow::Borrowed).or_else(|| above().map(Cow::Owned))
+    /// udev's `ID_PATH`, of the device or else of the nearest one above that has it: not every node's rules set it.
+    pub fn id_path(&self) -> Option<&str> {
+        let above = || self.ancestry().skip(1).find_map(|path| self.sysfs.property(path, "ID_PATH"));
+        self.property("ID_PATH").or_else(|| self.found().id_path.get_or_init(above).as_deref())
     }
 
     /// The USB device that this is or belongs to: the nearest one, not the hub that it is plugged into.
     pub fn usb(&self) -> Option<&Usb> {
-        self.usb.get_or_init(|| self.find_usb()).as_ref()
+        self.found().usb.get_or_init(|| self.find_usb()).as_ref()
     }
 
     fn find_usb(&self) -> Option<Usb> {
@@ -104,14 +130,15 @@ impl<'a> Facts<'a> {
 
     /// The drivers of the device and of all above it.
     pub fn drivers(&self) -> &[String] {
-        self.drivers
+        self.found()
+            .drivers
             .get_or_init(|| self.ancestry().filter_map(|path| self.sysfs.link(&format!("{path}/driver"))).collect())
     }
 
     /// Where the PCI devices above are: each by its address (`0000:00:1d.0`), the same without the domain, and by its
     /// path of `device.function` below the root bus (`02.0/03.0`).
     pub fn pci(&self) -> &[String] {
-        self.pci.get_or_init(|| {
+        self.found().pci.get_or_init(|| {
             let (mut found, mut below) = (Vec::new(), String::new());
             for part in self.device.identity.devpath.split('/').filter(|part| is_pci_address(part)) {
                 below = if below.is_empty() { part[8..].to_owned() } else { format!("{below}/{}", &part[8..]) };
@@ -132,28 +159,35 @@ impl<'a> Facts<'a> {
     }
 
     /// The USB hubs above the device, each with what is plugged into it, but for other hubs; the hub comes first.
-    pub fn hubs(&self) -> impl Iterator<Item = Vec<Device>> {
-        let class = |path: &str| self.sysfs.read(&format!("{path}/bDeviceClass"));
-        self.ancestry().skip(1).filter(move |path| class(path).as_deref() == Some(HUB)).map(move |hub| {
-            let below = self.sysfs.directories(hub).into_iter().map(|name| format!("{hub}/{name}"));
-            let plugged = below.filter(|path| class(path).is_some_and(|class| class != HUB));
-            std::iter::once(hub.to_owned()).chain(plugged).filter_map(|path| self.sysfs.device(&path)).collect()
+    pub fn hubs(&self) -> &[Vec<Other>] {
+        self.found().hubs.get_or_init(|| {
+            let class = |path: &str| self.sysfs.read(&format!("{path}/bDeviceClass"));
+            let hubs = self.ancestry().skip(1).filter(|path| class(path).as_deref() == Some(HUB));
+            let with_plugged = |hub: &str| {
+                let below = self.sysfs.directories(hub).into_iter().map(|name| format!("{hub}/{name}"));
+                let plugged = below.filter(|path| class(path).is_some_and(|class| class != HUB));
+                let all = std::iter::once(hub.to_owned()).chain(plugged);
+                all.filter_map(|path| self.sysfs.device(&path)).map(Other::from).collect()
+            };
+            hubs.map(with_plugged).collect()
         })
     }
 
     /// All devices with a node of the USB device that this one belongs to, itself among them, without those that are
     /// plugged into it.
-    pub fn family(&self) -> Vec<Device> {
-        let mut found = Vec::new();
-        if let Some(usb) = self.usb() {
-            self.visit(&usb.path, DEPTH, &mut found);
-        }
-        found
+    pub fn family(&self) -> &[Other] {
+        self.found().family.get_or_init(|| {
+            let mut found = Vec::new();
+            if let Some(usb) = self.usb() {
+                self.visit(&usb.path, DEPTH, &mut found);
+            }
+            found
+        })
     }
 
-    fn visit(&self, path: &str, depth: usize, found: &mut Vec<Device>) {
+    fn visit(&self, path: &str, depth: usize, found: &mut Vec<Other>) {
         if self.sysfs.read(&format!("{path}/dev")).is_some() {
-            found.extend(self.sysfs.device(path));
+            found.extend(self.sysfs.device(path).map(Other::from));
         }
         for name in self.sysfs.directories(path).iter().filter(|_| depth > 0) {
             let below = format!("{path}/{name}");
@@ -163,9 +197,9 @@ impl<'a> Facts<'a> {
         }
     }
 
-    /// What the same things are seen from another device.
-    pub fn of<'b>(&'b self, device: &'b Device) -> Facts<'b> {
-        Facts::new(device, self.sysfs)
+    /// The same for another device.
+    pub fn of<'b>(&'b self, other: &'b Other) -> Facts<'b> {
+        Facts { known: Some(&other.found), ..Facts::new(&other.device, self.sysfs) }
     }
 
     /// The device's directory and those above it, up to `/devices`.
@@ -174,6 +208,15 @@ impl<'a> Facts<'a> {
         let above = |path: &&'_ str| Some(&devpath[..devpath[..path.len()].rfind('/')?]);
         std::iter::successors(Some(devpath), above).take_while(|path| path.len() > "/devices".len())
     }
+}
+
+/// The directory of the root hub that the device is or is behind. No rule looks further around.
+pub fn usb_bus(devpath: &str) -> Option<&str> {
+    devpath.match_indices("/usb").find_map(|(at, _)| {
+        let end = devpath[at + 1..].find('/').map_or(devpath.len(), |length| at + 1 + length);
+        let number = &devpath[at + "/usb".len()..end];
+        (!number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())).then_some(&devpath[..end])
+    })
 }
 
 /// `DDDD:BB:dd.f`, as the kernel names PCI devices (`pci_setup_device` in drivers/pci/probe.c).
@@ -305,11 +348,15 @@ pub(crate) mod tests {
         assert_eq!(keyboard.attributes("name").collect::<Vec<_>>(), ["QEMU QEMU USB Keyboard"]);
         assert_eq!(keyboard.attribute("name"), None);
         assert_eq!(keyboard.attribute("dev").as_deref(), Some("13:67"));
-        let family: Vec<_> = facts("/dev/hidraw0").family().iter().map(|device| device.node.clone()).collect();
+        let family: Vec<_> = facts("/dev/hidraw0").family().iter().map(|other| other.device.node.clone()).collect();
         assert_eq!(family, ["/dev/bus/usb/001/004", "/dev/hidraw0", "/dev/input/event3"]);
         let hubs: Vec<Vec<_>> =
-            stick.hubs().map(|all| all.into_iter().map(|device| device.number.minor).collect()).collect();
+            stick.hubs().iter().map(|all| all.iter().map(|other| other.device.number.minor).collect()).collect();
         assert_eq!(hubs, [vec![1, 2, 3], vec![0, 4]]);
+        let root = "/devices/pci0000:00/0000:00:02.0/0000:01:03.1/usb1";
+        assert_eq!(usb_bus(&stick.device.identity.devpath), Some(root));
+        assert_eq!(usb_bus(root), Some(root));
+        assert_eq!(usb_bus("/devices/platform/usb/usbx/tty"), None);
         let virtual_one = tests::device("/dev/tun", 10, 200);
         assert_eq!(Facts::new(&virtual_one, &tree).usb(), None);
     }

@@ -9,12 +9,17 @@ use crate::core::destination;
 use crate::core::device::Access;
 use crate::core::facts::pci_place;
 use crate::core::glob::Glob;
-use crate::core::selection::{Group, Options, Selection};
+use crate::core::selection::{Group, Options, Selection, duration};
 use crate::core::selector::{KEYS, Key, Selector, Term, Test};
 use crate::core::text::excerpt;
 
 /// The longest text that is read, in bytes.
 const LONGEST: usize = 4096;
+/// The longest glob, in characters: matching takes its length times the value's.
+const LONGEST_GLOB: usize = 256;
+/// How many terms there may be, those in `parent=(…)` among them, and links: each event has all of them looked at.
+const MOST_TERMS: usize = 32;
+const MOST_LINKS: usize = 8;
 /// The longest time that a start may wait: engines give hooks a limited time (ours: 70 s, in hooks/qm-hotplug.json).
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
@@ -44,7 +49,7 @@ pub enum Author {
 
 /// Reads a selector with its options.
 pub fn selection(name: &str, text: &str, categories: &Categories, author: Author) -> Result<Selection, SyntaxError> {
-    let mut reader = Reader { text, at: 0, categories, author };
+    let mut reader = Reader { text, at: 0, terms: 0, categories, author };
     let mut found = Selection { name: name.to_owned(), trusted: author == Author::Root, ..Selection::default() };
     if text.len() > LONGEST {
         return Err(reader.error(format!("it is longer than {LONGEST} bytes")));
@@ -85,21 +90,17 @@ pub fn selector(text: &str, categories: &Categories) -> Result<Selector, SyntaxE
     }
 }
 
-/// Whether that is what a term or an option has before its `=`.
-pub fn is_key(word: &str) -> bool {
-    let word = word.trim().trim_end_matches('!');
-    KEYS.iter().any(|(name, _)| *name == word)
-        || OPTIONS.contains(&word)
-        || ["usb", "parent", "category"].contains(&word)
-        || ["env.", "attr.", "attrs."].iter().any(|prefix| word.starts_with(prefix))
-}
-
 /// Options with a value.
-const OPTIONS: [&str; 8] = ["as", "link", "links", "access", "mode", "uid", "gid", "wait"];
+pub(super) const OPTIONS: [&str; 8] = ["as", "link", "links", "access", "mode", "uid", "gid", "wait"];
+
+/// Options without one.
+pub(super) const FLAGS: [&str; 3] = ["required", "exclusive", "children"];
 
 struct Reader<'a> {
     text: &'a str,
     at: usize,
+    /// How many were begun.
+    terms: usize,
     categories: &'a Categories,
     author: Author,
 }
@@ -185,6 +186,9 @@ impl Reader<'_> {
     }
 
     fn to_glob(&self, start: usize, text: &str) -> Result<Glob, SyntaxError> {
+        if text.chars().count() > LONGEST_GLOB {
+            return Err(self.error_at(start, format!("the value is longer than {LONGEST_GLOB} characters")));
+        }
         Glob::parse(text).map_err(|(at, reason)| {
             let offset = text.char_indices().nth(at).map_or(0, |(at, _)| at);
             self.error_at(start + offset, reason)
@@ -211,6 +215,9 @@ impl Reader<'_> {
         let (at, value) = self.value()?;
         let is_given = match name.as_str() {
             "as" => options.path.replace(self.path(at, &value)?).is_some(),
+            "link" if options.links.len() == MOST_LINKS => {
+                return Err(self.error_at(start, format!("there are more than {MOST_LINKS} links")));
+            }
             "link" => {
                 options.links.push(self.path(at, &value)?);
                 false
@@ -226,7 +233,7 @@ impl Reader<'_> {
                 _ => return Err(self.error_at(at, "permission bits in octal are expected, such as 0660")),
             },
             "uid" => {
-                let uid = value.parse().map_err(|_| self.error_at(at, format!("'{value}' is no user's number")))?;
+                let uid = number(&value).ok_or_else(|| self.error_at(at, format!("'{value}' is no user's number")))?;
                 options.uid.replace(uid).is_some()
             }
             "gid" => options.gid.replace(self.group(at, &value)?).is_some(),
@@ -248,13 +255,13 @@ impl Reader<'_> {
 
     fn group(&self, at: usize, value: &str) -> Result<Group, SyntaxError> {
         let is_name = |value: &str| value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
-        match value.parse() {
-            Ok(number) => Ok(Group::Number(number)),
+        match number(value) {
+            Some(number) => Ok(Group::Number(number)),
             // `groupadd` takes none that begins with a digit.
-            Err(_) if is_name(value) && !value.starts_with(|first: char| first.is_ascii_digit()) => {
+            None if is_name(value) && value.starts_with(|first: char| !first.is_ascii_digit()) => {
                 Ok(Group::Name(value.to_owned()))
             }
-            Err(_) => Err(self.error_at(at, format!("'{value}' is neither a group's number nor a name"))),
+            None => Err(self.error_at(at, format!("'{value}' is neither a group's number nor a name"))),
         }
     }
 
@@ -267,6 +274,10 @@ impl Reader<'_> {
     /// One term. Within `parent=(…)` there is no other `parent`.
     fn term(&mut self, with_parent: bool) -> Result<Term, SyntaxError> {
         let start = self.at;
+        self.terms += 1;
+        if self.terms > MOST_TERMS {
+            return Err(self.error(format!("there are more than {MOST_TERMS} terms")));
+        }
         let key = self.word().to_owned();
         let negated = self.take("!=");
         if !negated && !self.take("=") {
@@ -278,7 +289,8 @@ impl Reader<'_> {
             "usb" => Test::Usb(self.usb()?),
             "pci" => {
                 let (at, value) = self.value()?;
-                Test::Value(Key::Pci, self.to_glob(at, &pci_place(&value))?)
+                let as_written = self.to_glob(at, &value)?;
+                Test::Value(Key::Pci, Glob::parse(&pci_place(&value)).unwrap_or(as_written))
             }
             "category" => {
                 let (at, name) = self.value()?;
@@ -378,16 +390,9 @@ impl Reader<'_> {
     }
 }
 
-/// `500ms`, `5s`, `1m`, or a number of seconds.
-pub fn duration(text: &str) -> Option<Duration> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let number: u64 = text[..digits].parse().ok()?;
-    match &text[digits..] {
-        "ms" => Some(Duration::from_millis(number)),
-        "" | "s" => Some(Duration::from_secs(number)),
-        "m" => Some(Duration::from_secs(number.checked_mul(60)?)),
-        _ => None,
-    }
+/// The number of a user or a group. The highest one is none: to chown(2) it means to change nothing.
+fn number(value: &str) -> Option<u32> {
+    value.parse().ok().filter(|number| *number != u32::MAX)
 }
 
 #[cfg(test)]

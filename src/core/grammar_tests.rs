@@ -154,6 +154,15 @@ fn options_are_read_and_printed() {
 }
 
 #[test]
+fn a_category_that_is_called_like_an_option_is_printed_as_one() {
+    let mut categories = Categories::default();
+    categories.apply(&ConfigFile::parse("[category.required]\nnodes = ['/dev/robot#']").unwrap()).unwrap();
+    let found = selection("x", "category=required,required", &categories, Author::Container).unwrap();
+    assert_eq!(found.to_string(), "category=required,required");
+    assert_eq!(selection("x", &found.to_string(), &categories, Author::Container), Ok(found));
+}
+
+#[test]
 fn errors_point_at_their_column() {
     for (text, expected) in [
         ("", "column 1: a category or a term such as usb=10c4:ea60 is expected"),
@@ -182,11 +191,24 @@ fn errors_point_at_their_column() {
         ("tty,parent=(parent=port=1)", "column 13: a hub's selector has no parent of its own"),
         ("attr.=x", "column 6: '' is no name of a sysfs attribute"),
         ("attrs.../../x=1", "column 7: '../../x' is no name of a sysfs attribute"),
+        ("pci=1/1/1/[", "column 11: a '[' without its ']'"),
+        ("pci=1/1/[a/1", "column 9: a '[' without its ']'"),
+        ("tty,gid=\"\"", "column 10: '' is neither a group's number nor a name"),
+        ("tty,uid=4294967295", "column 9: '4294967295' is no user's number"),
+        ("tty,gid=4294967295", "column 9: '4294967295' is neither a group's number nor a name"),
         ("env.ID-X=1", "column 5: 'ID-X' is no name of a udev property"),
         ("serial!=x", "column 1: it does not say which devices: give a category, or a term such as usb=10c4:ea60"),
         ("as=/dev/x", "column 1: it does not say which devices: give a category, or a term such as usb=10c4:ea60"),
     ] {
         assert_eq!(read(text).unwrap_err(), expected, "{text}");
+    }
+    for (text, expected) in [
+        ("tty,".repeat(33), "column 129: there are more than 32 terms"),
+        (format!("tty,parent=({}tty)", "tty,".repeat(31)), "column 133: there are more than 32 terms"),
+        (format!("tty{}", ",link=/dev/x".repeat(9)), "column 101: there are more than 8 links"),
+        (format!("tty,serial=\"{}\"", "ü".repeat(257)), "column 13: the value is longer than 256 characters"),
+    ] {
+        assert_eq!(read(&text).unwrap_err(), expected, "{text}");
     }
     assert!(read(&"x".repeat(5000)).unwrap_err().contains("longer than 4096"));
 }

@@ -1,5 +1,6 @@
 //! What a container should have: its rules against the devices of the host.
 
+use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
 
 use crate::core::device::{Identity, Number};
@@ -38,9 +39,12 @@ impl Asking<'_> {
     /// Adds the grants that its rules ask for on this device: one a path, by the first rule that wants it.
     pub fn desired(&self, facts: &Facts<'_>, grants: &mut Vec<Grant>, refused: &mut Vec<Refused>) {
         let (device, first) = (facts.device, grants.len());
+        // The same for all of them, and a policy may be long.
+        let refusal = OnceCell::new();
         for rule in self.rules {
             let Some(how) = rule.matches(facts) else { continue };
-            let (bounded, gid) = (rule.is_bounded().then(|| self.bounds.refusal(facts)).flatten(), self.gid(rule));
+            let refusal = || refusal.get_or_init(|| self.bounds.refusal(facts)).clone();
+            let (bounded, gid) = (rule.is_bounded().then(refusal).flatten(), self.gid(rule));
             let gid = match (bounded, gid) {
                 (None, Ok(gid)) => gid,
                 (Some(reason), _) | (None, Err(reason)) => {

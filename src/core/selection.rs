@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use crate::core::destination;
 use crate::core::device::{Access, Device};
-use crate::core::facts::Facts;
+use crate::core::facts::{Facts, Other};
 use crate::core::ledger::Node;
 use crate::core::selector::{Selector, quoted};
 
@@ -101,7 +101,7 @@ impl Selection {
         let may_be_child = self.options.children
             && OF_CHILDREN.contains(&facts.device.subsystem.as_str())
             && !self.selector.is_withheld(facts);
-        let matches = |other: &Device| {
+        let matches = |other: &Other| {
             let others = facts.of(other);
             self.selector.terms.iter().all(|term| term.matches(&others))
         };
@@ -149,6 +149,18 @@ impl Selection {
     /// Whether a node at that path may have been made for it.
     pub fn may_have_made(&self, path: &str) -> bool {
         self.options.path.as_deref() == Some(path) || self.options.links.iter().any(|link| link == path)
+    }
+}
+
+/// `500ms`, `5s`, `1m`, or a number of seconds.
+pub fn duration(text: &str) -> Option<Duration> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let number: u64 = text[..digits].parse().ok()?;
+    match &text[digits..] {
+        "ms" => Some(Duration::from_millis(number)),
+        "" | "s" => Some(Duration::from_secs(number)),
+        "m" => Some(Duration::from_secs(number.checked_mul(60)?)),
+        _ => None,
     }
 }
 

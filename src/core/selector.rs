@@ -21,6 +21,7 @@ use crate::core::category::{Category, is_forbidden};
 use crate::core::device::Kind;
 use crate::core::facts::Facts;
 use crate::core::glob::Glob;
+use crate::core::grammar::FLAGS;
 use crate::core::seat;
 
 /// Which devices are meant: those that all terms match.
@@ -147,9 +148,9 @@ impl Test {
                 globs.iter().zip(has).all(|(glob, value)| glob.matches(value.map_or("", String::as_str)))
             }),
             Test::Category(category) => category.contains(facts.device),
-            Test::Parent(terms) => facts.hubs().any(|plugged| {
-                plugged.iter().any(|device| {
-                    let its = facts.of(device);
+            Test::Parent(terms) => facts.hubs().iter().any(|plugged| {
+                plugged.iter().any(|other| {
+                    let its = facts.of(other);
                     terms.iter().all(|term| term.matches(&its))
                 })
             }),
@@ -174,7 +175,7 @@ impl Key {
             Key::Serial => either(facts.property("ID_SERIAL_SHORT"), usb(|usb| usb.serial.as_deref()), test),
             Key::Model => named(facts.property("ID_MODEL"), usb(|usb| usb.product.as_deref()), test),
             Key::Vendor => named(facts.property("ID_VENDOR"), usb(|usb| usb.manufacturer.as_deref()), test),
-            Key::IdPath => facts.inherited_property("ID_PATH").is_some_and(|path| test(&path)),
+            Key::IdPath => facts.id_path().is_some_and(test),
             Key::Port => facts.usb().is_some_and(|usb| test(usb.port())),
             Key::Pci => facts.pci().iter().any(|place| test(place)),
             Key::Seat => seat::of(device).is_some_and(test),
@@ -223,7 +224,10 @@ impl fmt::Display for Term {
                 let text = globs.iter().map(ToString::to_string).collect::<Vec<_>>().join(":");
                 write!(f, "usb{equals}{}", quoted(&text))
             }
-            Test::Category(category) if self.negated => write!(f, "category!={}", category.name),
+            // A bare word that is an option's would be that.
+            Test::Category(category) if self.negated || FLAGS.contains(&&*category.name) => {
+                write!(f, "category{equals}{}", category.name)
+            }
             Test::Category(category) => f.write_str(&category.name),
             Test::Parent(terms) => write!(f, "parent{equals}({})", Listed(terms)),
         }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use crate::core::annotation::{Ignored, rule, whole};
+use crate::core::annotation::{Ignored, Obstacle, rule, whole};
 use crate::core::category::Categories;
 use crate::core::container::short_id;
 use crate::core::device::Number;
@@ -27,13 +27,13 @@ type Wish = (Option<String>, std::result::Result<Rule, Ignored>);
 pub(super) fn wishes(
     given: &[Rule],
     asked: &[(String, spec::Annotation)],
-    cut: Option<&str>,
+    obstacle: Option<Obstacle<'_>>,
     categories: &Categories,
 ) -> Vec<Wish> {
     let asked = asked.iter().map(|(key, value)| {
         let rule = value_of(key, value, categories);
         let text = value.as_deref().unwrap_or_default();
-        (Some(key.clone()), rule.and_then(|rule| whole(rule, key, text, cut)))
+        (Some(key.clone()), rule.and_then(|rule| whole(rule, key, text, obstacle)))
     });
     given.iter().map(|rule| (None, Ok(rule.clone()))).chain(asked).collect()
 }
@@ -83,6 +83,7 @@ pub(super) fn grant(
     log.info(&format!("Processing QM device annotations of container {container}"));
     let root = spec.pointer("/root/path").and_then(Value::as_str).map(str::to_owned);
     let bad = |reason| Error::BadFile { path: "config.json on stdin".into(), reason };
+    let begun = Instant::now();
     let (mut changed, mut at_start, mut taken) = (false, Vec::new(), HashMap::<String, Number>::new());
     for (key, wish) in wishes {
         let refuse = |reason: String| Error::Required {
@@ -105,7 +106,7 @@ pub(super) fn grant(
             Rule::Selection(selection) => format!("{} devices", selection.name),
         };
         let request = Request { bounds, root: root.as_deref(), taken: &taken };
-        let found = match look(&rule, &request, discovery) {
+        let found = match look(&rule, &request, discovery, begun) {
             Ok(found) => found,
             Err(error) => {
                 tracing::warn!(container, "cannot look for {what}: {error}");
@@ -160,10 +161,11 @@ pub(super) fn grant(
     Ok(changed)
 }
 
-/// Looks for what the rule stands for; again and again, where it says that it is to be waited for.
-fn look(rule: &Rule, request: &Request<'_>, discovery: &dyn Discovery) -> io::Result<Found> {
+/// Looks for what the rule stands for; again and again, where it says that it is to be waited for. All wait from the same
+/// moment on: one after the other they could outlast what engines give a hook.
+fn look(rule: &Rule, request: &Request<'_>, discovery: &dyn Discovery, begun: Instant) -> io::Result<Found> {
     let wait = rule.selection().and_then(|selection| selection.options.wait);
-    let Some(deadline) = wait.map(|wait| Instant::now() + wait) else { return discovery.devices(rule, request) };
+    let Some(deadline) = wait.map(|wait| begun + wait) else { return discovery.devices(rule, request) };
     let arrivals = Arrivals::listen()?;
     loop {
         let found = discovery.devices(rule, request)?;

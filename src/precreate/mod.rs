@@ -15,7 +15,7 @@ use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::config;
-use crate::core::annotation::{AT_START, HOTPLUG_PREFIX, PREFIX, cut_off};
+use crate::core::annotation::{AT_START, HOTPLUG_PREFIX, PREFIX, obstacle};
 use crate::core::spec;
 use crate::error::{Error, Result};
 use crate::precreate::discovery::Discovery;
@@ -137,7 +137,7 @@ fn edit(
         None if of(&DEVICE_MANAGER).is_empty() => vec![&WAYLAND_CLIENT],
         None => vec![&DEVICE_MANAGER, &WAYLAND_CLIENT],
     };
-    let cut = cut_off(annotations.iter().map(|(key, _)| key.as_str()));
+    let obstacle = obstacle(annotations.iter().map(|(key, _)| key.as_str()));
     let mut changed = false;
     for hook in hooks {
         let mut asked = of(hook);
@@ -155,7 +155,7 @@ fn edit(
                 tracing::warn!("passed over: {problem}");
                 log.warning(&format!("Passing over {problem}"));
             }
-            let wishes = grant::wishes(given, &asked, cut, &settings.categories);
+            let wishes = grant::wishes(given, &asked, obstacle, &settings.categories);
             let bounds = settings.policies.bounds(&subject);
             changed |= grant(&mut spec, &subject, &bounds, wishes, around.discovery, log)?;
             log.info(&format!("Total devices in spec: {}", spec::device_count(&spec)));

@@ -175,3 +175,12 @@ fn a_log_that_cannot_be_written_is_no_reason_to_fail() {
     }
     assert!(!directory.path().join("elsewhere").exists());
 }
+
+#[test]
+fn all_that_is_waited_for_is_waited_for_at_once() {
+    let keys = ["a", "b", "c"].map(|name| format!("\"org.containers.qm.hotplug.{name}\":\"tty,wait=400ms\""));
+    let start = std::time::Instant::now();
+    hook(None, &annotated(&keys.join(","))).0.unwrap();
+    let took = start.elapsed().as_millis();
+    assert!((400..800).contains(&took), "{took} ms");
+}

@@ -4,26 +4,45 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use crate::core::device::Device;
 use crate::core::facts::Sysfs;
 use crate::sys::udev;
 
-/// Attributes are read once, and then remembered: one of these is for one look.
+/// What was looked up is remembered: one of these is for one look.
 #[derive(Debug, Default)]
 pub struct KernelSysfs {
-    read: RefCell<HashMap<String, Option<String>>>,
+    attributes: Remembered<Option<String>>,
+    directories: Remembered<Vec<String>>,
+    devices: Remembered<Option<Device>>,
+}
+
+/// By path.
+#[derive(Debug)]
+struct Remembered<T>(RefCell<HashMap<String, T>>);
+
+impl<T> Default for Remembered<T> {
+    fn default() -> Remembered<T> {
+        Remembered(RefCell::default())
+    }
+}
+
+impl<T: Clone> Remembered<T> {
+    fn get(&self, path: &str, look: impl FnOnce() -> T) -> T {
+        if let Some(known) = self.0.borrow().get(path) {
+            return known.clone();
+        }
+        let found = look();
+        self.0.borrow_mut().insert(path.to_owned(), found.clone());
+        found
+    }
 }
 
 impl Sysfs for KernelSysfs {
     fn read(&self, path: &str) -> Option<String> {
-        if let Some(known) = self.read.borrow().get(path) {
-            return known.clone();
-        }
-        let text = read_text(&format!("/sys{path}"));
-        self.read.borrow_mut().insert(path.to_owned(), text.clone());
-        text
+        self.attributes.get(path, || attribute(&format!("/sys{path}")))
     }
 
     fn link(&self, path: &str) -> Option<String> {
@@ -31,11 +50,13 @@ impl Sysfs for KernelSysfs {
     }
 
     fn directories(&self, path: &str) -> Vec<String> {
-        let entries = fs::read_dir(format!("/sys{path}")).into_iter().flatten().flatten();
-        let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        let mut names: Vec<String> = directories.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-        names.sort();
-        names
+        self.directories.get(path, || {
+            let entries = fs::read_dir(format!("/sys{path}")).into_iter().flatten().flatten();
+            let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+            let mut names: Vec<String> = directories.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+            names.sort();
+            names
+        })
     }
 
     fn property(&self, path: &str, name: &str) -> Option<String> {
@@ -43,16 +64,18 @@ impl Sysfs for KernelSysfs {
     }
 
     fn device(&self, path: &str) -> Option<Device> {
-        udev::by_directory(&PathBuf::from(format!("/sys{path}")))
+        self.devices.get(path, || udev::by_directory(&PathBuf::from(format!("/sys{path}"))))
     }
 }
 
 /// An attribute that is text: those have one page (Documentation/filesystems/sysfs.rst) and say so by their size. Binary
-/// ones are not read: what is behind them (an EEPROM, ports of a PCI device) may be slow, or notice it.
-fn read_text(path: &str) -> Option<String> {
+/// ones are not read: what is behind them (an EEPROM, ports of a PCI device) may be slow, or notice it. Nor is what the
+/// kernel lets root alone read (addresses, a machine's serial number): whoever may ask for a device by its attributes
+/// could find out their text, one character after the other.
+fn attribute(path: &str) -> Option<String> {
     let page = rustix::param::page_size() as u64;
     let metadata = fs::symlink_metadata(path).ok()?;
-    if !metadata.is_file() || metadata.len() != page {
+    if !metadata.is_file() || metadata.len() != page || metadata.mode() & 0o004 == 0 {
         return None;
     }
     let mut text = Vec::new();
@@ -71,7 +94,9 @@ mod tests {
         assert_eq!(sysfs.read(&format!("{null}/dev")).as_deref(), Some("1:3"));
         assert_eq!(sysfs.link(&format!("{null}/subsystem")).as_deref(), Some("mem"));
         assert_eq!(sysfs.device(null).unwrap().node, "/dev/null");
-        assert_eq!(read_text("/sys/kernel/notes"), None, "binary");
+        assert_eq!(attribute("/sys/kernel/notes"), None, "binary");
+        let of_root = "/sys/kernel/slab/kmalloc-64/objects";
+        assert_eq!(attribute(of_root), None, "root alone may read it");
         for none in ["/devices/virtual/mem/null/subsystem", "/devices/virtual/mem", "/devices/none"] {
             assert_eq!(sysfs.read(none), None, "{none}");
         }
