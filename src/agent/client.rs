@@ -1,14 +1,18 @@
 //! The other end of the agent's socket.
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::core::protocol::{INTERFACE, Reply, Request, frame};
+use crate::core::event::Event;
+use crate::core::protocol::{INTERFACE, Incoming, Monitor, Reply, Request, frame};
 use crate::error::{Error, Result};
 use crate::ops::RUN_DIRECTORY;
 
@@ -20,22 +24,26 @@ pub fn socket_path() -> PathBuf {
     PathBuf::from(RUN_DIRECTORY).join(INTERFACE)
 }
 
+/// A connection to the agent; `None` if none runs.
+fn connect() -> Result<Option<UnixStream>> {
+    let path = socket_path();
+    match UnixStream::connect(&path) {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(Error::Unfit("talking to the agent and changing containers needs root: run it with sudo".into()))
+        }
+        Err(error) => Err(Error::host(format!("connect to the agent at {}", path.display()))(error)),
+    }
+}
+
+fn talk() -> impl FnOnce(io::Error) -> Error {
+    Error::host::<io::Error>(format!("talk to the agent at {}", socket_path().display()))
+}
+
 /// Asks the agent; `None` if none runs.
 pub fn call<T: DeserializeOwned>(request: &Request) -> Result<Option<T>> {
-    let path = socket_path();
-    let mut stream = match UnixStream::connect(&path) {
-        Ok(stream) => stream,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            return Ok(None);
-        }
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            return Err(Error::Unfit(
-                "talking to the agent and changing containers needs root: run it with sudo".into(),
-            ));
-        }
-        Err(error) => return Err(Error::host(format!("connect to the agent at {}", path.display()))(error)),
-    };
-    let talk = || Error::host::<io::Error>(format!("talk to the agent at {}", path.display()));
+    let Some(mut stream) = connect()? else { return Ok(None) };
     stream.set_read_timeout(Some(PATIENCE)).and_then(|()| stream.write_all(&frame(request))).map_err(talk())?;
     let mut message = Vec::new();
     let mut buffer = [0; 4096];
@@ -51,15 +59,63 @@ pub fn call<T: DeserializeOwned>(request: &Request) -> Result<Option<T>> {
         }
     }
     message.pop();
+    parse(&message).map(Some)
+}
+
+/// Why no more events are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// No agent runs.
+    NoAgent,
+    /// It has ended.
+    AgentEnded,
+    /// Nobody reads any more.
+    NobodyReads,
+}
+
+/// Asks the agent for events and hands each on, until one cannot be written to `output` or its reader has gone.
+pub fn monitor(request: Monitor, output: impl AsFd, mut write: impl FnMut(&Event) -> Result<bool>) -> Result<End> {
+    let Some(mut stream) = connect()? else { return Ok(End::NoAgent) };
+    stream.write_all(&frame(&Incoming::streamed(Request::Monitor(request)))).map_err(talk())?;
+    let (mut pending, mut buffer) = (Vec::new(), [0; 4096]);
+    loop {
+        while let Some(end) = pending.iter().position(|byte| *byte == 0) {
+            let message: Vec<u8> = pending.drain(..=end).collect();
+            if !write(&parse(&message[..end])?)? {
+                return Ok(End::NobodyReads);
+            }
+        }
+        // That a pipe's reader has gone is told without being asked for.
+        let mut ready = [PollFd::new(&stream, PollFlags::IN), PollFd::new(&output, PollFlags::empty())];
+        match poll(&mut ready, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(errno) => return Err(talk()(errno.into())),
+        }
+        let [has_answer, has_no_reader] = ready.map(|ready| !ready.revents().is_empty());
+        if has_no_reader {
+            return Ok(End::NobodyReads);
+        }
+        match if has_answer { stream.read(&mut buffer) } else { continue } {
+            Ok(0) => return Ok(End::AgentEnded),
+            Ok(length) => pending.extend_from_slice(&buffer[..length]),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(End::AgentEnded),
+            Err(error) => return Err(talk()(error)),
+        }
+    }
+}
+
+/// Reads an answer.
+fn parse<T: DeserializeOwned>(message: &[u8]) -> Result<T> {
     let unreadable = |error: serde_json::Error| Error::BadFile {
-        path: path.clone(),
+        path: socket_path(),
         reason: format!("the agent's answer: {error}"),
     };
-    let reply: Reply = serde_json::from_slice(&message).map_err(unreadable)?;
+    let reply: Reply = serde_json::from_slice(message).map_err(unreadable)?;
     if reply.error.is_some() {
         let message = reply.parameters.get("message").and_then(Value::as_str).unwrap_or("the agent gave no reason");
         let code = reply.parameters.get("code").and_then(Value::as_u64).unwrap_or(1);
         return Err(Error::Remote { message: message.to_owned(), code: code as u8 });
     }
-    serde_json::from_value(reply.parameters).map(Some).map_err(unreadable)
+    serde_json::from_value(reply.parameters).map_err(unreadable)
 }

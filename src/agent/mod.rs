@@ -2,7 +2,9 @@
 
 mod api;
 pub mod client;
+mod monitors;
 mod reconcile;
+mod refusals;
 mod registry;
 mod state_watch;
 mod watch;
@@ -15,10 +17,14 @@ use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
 use crate::agent::api::Call;
+use crate::agent::refusals::Refusals;
 use crate::agent::registry::Registry;
 use crate::agent::watch::{News, What};
-use crate::core::protocol::{Reply, Request};
+use crate::core::container::Reference;
+use crate::core::event::{Changed, Event};
+use crate::core::protocol::{Monitor, Reply, Request};
 use crate::error::{Error, Result};
+use crate::ops::live::lookup;
 use crate::ops::{Executor, request};
 use crate::runtime;
 use crate::sys::udev;
@@ -65,8 +71,8 @@ async fn serve(mut executor: Executor) -> Result<()> {
     // Subscribe first, then look: what happens in between is in the channel.
     let (sender, mut news) = mpsc::channel(QUEUE);
     let watched = watch::start(sender).map_err(Error::host("subscribe to device and container events"))?;
-    let mut registry = Registry::new(watched);
-    reconcile::everything(&mut executor, &mut registry);
+    let (mut registry, mut refusals) = (Registry::new(watched), Refusals::new());
+    compare(&mut executor, &mut registry, &mut refusals);
 
     let path = client::socket_path();
     let listener = api::listen(&path).map_err(Error::host(format!("listen at {}", path.display())))?;
@@ -93,36 +99,48 @@ async fn serve(mut executor: Executor) -> Result<()> {
             _ = tick(&mut watchdog) => notify(&[NotifyState::Watchdog]),
             _ = hang_up.recv() => {
                 registry.reconfigure();
-                reconcile::everything(&mut executor, &mut registry);
+                compare(&mut executor, &mut registry, &mut refusals);
             }
             first = news.recv() => {
                 let Some(first) = first else {
                     let ended = std::io::Error::other("the thread that waits for them ended");
                     return Err(Error::host("hear of events")(ended));
                 };
-                hear(&mut executor, &mut registry, first);
+                hear(&mut executor, &mut registry, &mut refusals, first);
                 for _ in 0..BATCH {
                     let Ok(next) = news.try_recv() else { break };
-                    hear(&mut executor, &mut registry, next);
+                    hear(&mut executor, &mut registry, &mut refusals, next);
                 }
+                refusals.follow(&mut executor, &registry);
                 notify(&[NotifyState::Status(&status(&executor, &registry))]);
             }
             Some(call) = calls.recv() => {
                 let reply = answer(&mut executor, &mut registry, &call.request);
+                refusals.follow(&mut executor, &registry);
                 // A caller that hung up gets no answer; what it asked for is done all the same.
                 let _ = call.answer.send(reply);
             }
-            Ok((stream, _)) = listener.accept() => drop(tokio::task::spawn_local(api::serve(stream, caller.clone()))),
+            Ok((stream, _)) = listener.accept() => {
+                let serving = api::serve(stream, caller.clone(), registry.monitors.clone());
+                drop(tokio::task::spawn_local(serving));
+            }
         }
     }
     notify(&[NotifyState::Stopping]);
     let _ = std::fs::remove_file(&path);
+    refusals.stop(&mut executor);
     let (granted, withdrawn) = (executor.ledger.entries().len(), executor.ledger.withdrawn().len());
     tracing::info!("stopping; {granted} grants and {withdrawn} withdrawals stay in force");
     Ok(())
 }
 
-fn hear(executor: &mut Executor, registry: &mut Registry, News { at, what }: News) {
+/// Compares everything.
+fn compare(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusals) {
+    reconcile::everything(executor, registry);
+    refusals.renew(executor, registry);
+}
+
+fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusals, News { at, what }: News) {
     match what {
         What::Plugged(device) => reconcile::plugged(executor, registry, *device, at),
         What::Unplugged(event) => reconcile::unplugged(executor, registry, &event, at),
@@ -135,12 +153,14 @@ fn hear(executor: &mut Executor, registry: &mut Registry, News { at, what }: New
         }
         What::Lost => {
             tracing::warn!("events were lost: comparing everything");
-            reconcile::everything(executor, registry);
+            compare(executor, registry, refusals);
         }
+        What::Refused => refusals.take(registry),
     }
 }
 
 fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -> Reply {
+    let (start, before) = (Instant::now(), registry.monitors.are_there().then(|| executor.ledger.entries().to_vec()));
     let mut result = carry_out(executor, registry, request);
     if let Err(Error::NoSuchContainer(_)) = result {
         // It may have started a moment ago, or its name may have been out of sight.
@@ -151,6 +171,15 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
     }
     for entry in executor.ledger.entries() {
         registry.follow(&executor.cgroups, &entry.grant.holder);
+    }
+    if let Some(before) = before {
+        let (micros, after) = (Some(start.elapsed().as_micros() as u64), executor.ledger.entries());
+        for entry in before.iter().filter(|entry| !after.contains(entry)) {
+            registry.monitors.tell(|| Event::Revoked(Changed::new(entry, micros)));
+        }
+        for entry in after.iter().filter(|entry| !before.contains(entry)) {
+            registry.monitors.tell(|| Event::Granted(Changed::new(entry, micros)));
+        }
     }
     result.unwrap_or_else(|error| {
         tracing::info!("refused: {}", error.chain());
@@ -167,6 +196,12 @@ fn carry_out(executor: &mut Executor, registry: &Registry, request: &Request) ->
         Request::Status(_) => {
             let grants = executor.ledger.entries().len();
             request::status(&executor.cgroups, containers.len(), grants, Some(events_from())).map(Reply::good)
+        }
+        Request::Monitor(Monitor { container: None }) => Ok(Reply::good(Event::Ready { container: None, id: None })),
+        Request::Monitor(Monitor { container: Some(name) }) => {
+            let container = lookup(&containers, &Reference::parse(name).map_err(Error::Usage)?)?;
+            let (name, id) = (container.label().to_owned(), container.id);
+            Ok(Reply::good(Event::Ready { container: Some(name), id: Some(id) }))
         }
     }
 }

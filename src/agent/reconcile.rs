@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::agent::registry::{Known, Registry};
 use crate::core::device::{Device, Kind, Number};
+use crate::core::event::{Changed, Event};
 use crate::core::facts::Facts;
 use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement, Withdrawal};
 use crate::core::matcher;
@@ -307,8 +308,17 @@ fn carry_out(
         let (container, device) = (grant.holder.label(), grant.device.number.to_string());
         match result {
             Ok(placement) => {
-                if matches!(change, Change::Add(_)) {
-                    registry.follow(&executor.cgroups, &grant.holder);
+                match &change {
+                    Change::Add(grant) => {
+                        registry.follow(&executor.cgroups, &grant.holder);
+                        registry.monitors.tell(|| {
+                            let (grant, placement) = (grant.clone(), placement.clone());
+                            Event::Granted(Changed::new(&Entry { grant, placement, left_over: None }, micros))
+                        });
+                    }
+                    Change::Remove { entry, .. } => {
+                        registry.monitors.tell(|| Event::Revoked(Changed::new(entry, micros)))
+                    }
                 }
                 let whose = if placement == Placement::Host { ", the host's own node" } else { "" };
                 tracing::info!(container, device, micros, "{what} {}{whose}", grant.node.path);

@@ -3,9 +3,11 @@
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use crate::agent::monitors::Monitors;
 use crate::agent::watch::Watched;
 use crate::config;
 use crate::core::annotation::{AT_START, Ignored, rules};
+use crate::core::category::Categories;
 use crate::core::container::Container;
 use crate::core::device::Device;
 use crate::core::facts::Facts;
@@ -107,7 +109,9 @@ pub(super) struct Registry {
     settings: Settings,
     /// What was said already.
     pub(super) said: Said,
-    watched: Watched,
+    pub(super) watched: Watched,
+    /// Those who are told of changes.
+    pub(super) monitors: Monitors,
 }
 
 impl Registry {
@@ -124,7 +128,13 @@ impl Registry {
             settings,
             said: Said::default(),
             watched,
+            monitors: Monitors::new(),
         }
+    }
+
+    /// The categories of this host.
+    pub(super) fn categories(&self) -> &Categories {
+        &self.settings.categories
     }
 
     /// Takes in a container, or what is new about it. Returns whether what it asks for and may have has to be looked at:

@@ -15,6 +15,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use crate::agent::state_watch::{CgroupWatch, Changed, StateWatch};
 use crate::core::device::Device;
 use crate::core::uevent::{Action, Uevent};
+use crate::sys::ring::Ring;
 use crate::sys::udev::{self, UdevEvents};
 use crate::sys::uevent::{KernelEvents, Received};
 
@@ -42,11 +43,14 @@ pub(super) enum What {
     Cgroup(String),
     /// The process with this token ended.
     Exited(u64),
+    /// Refusals are in the ring.
+    Refused,
 }
 
 const KERNEL: u64 = 0;
 const UDEV: u64 = 1;
 const STATE: u64 = 2;
+const REFUSED: u64 = 3;
 /// Tokens from here on stand for processes.
 const FIRST_PROCESS: u64 = 16;
 
@@ -62,6 +66,13 @@ impl Watched {
     /// News of writes to this directory will carry the id.
     pub(super) fn watch_cgroup(&self, directory: &Path, id: &str) -> io::Result<()> {
         self.cgroups.add(directory, id)
+    }
+
+    /// News will come when the ring has something. It is for its reader to take all then: the thread is told once each
+    /// time. Closing the ring ends the watch.
+    pub(super) fn watch_refusals(&self, ring: &Ring) -> io::Result<()> {
+        epoll::add(&*self.epoll, ring.as_fd(), EventData::new_u64(REFUSED), EventFlags::IN | EventFlags::ET)?;
+        Ok(())
     }
 
     /// News of this process's end will carry the returned token. Closing the pidfd ends the watch.
@@ -144,6 +155,10 @@ impl Watch {
                     UDEV => self.read_kernel(epoll).map(|()| self.read_udev()),
                     STATE => {
                         self.read_state();
+                        Ok(())
+                    }
+                    REFUSED => {
+                        self.tell(What::Refused);
                         Ok(())
                     }
                     process => {

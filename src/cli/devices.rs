@@ -9,7 +9,7 @@ use crate::core::category::Categories;
 use crate::core::device::{Device, Kind};
 use crate::core::facts::Facts;
 use crate::core::grammar::{Author, selection};
-use crate::core::naming::selector_for;
+use crate::core::naming::{name_of, selector_for};
 use crate::core::seat;
 use crate::error::{Error, Result};
 use crate::sys::sysfs::KernelSysfs;
@@ -106,8 +106,7 @@ fn annotation(
     let device = udev::by_path(path)?;
     let selector = selector_for(&Facts::new(&device, sysfs), all, categories);
     let selector = selector.map_err(|reason| Error::NoAnnotation { device: path.to_owned(), reason })?;
-    let name = device.node.rsplit('/').next().unwrap_or_default();
-    let name: String = name.chars().map(|one| if one.is_ascii_alphanumeric() { one } else { '-' }).take(64).collect();
+    let name = name_of(&device.node);
     match as_json {
         true => output::json(&serde_json::json!({ "key": format!("{HOTPLUG_PREFIX}{name}"), "value": selector })),
         false => output::line(&format!("{HOTPLUG_PREFIX}{name}={selector}")),

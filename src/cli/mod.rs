@@ -5,6 +5,7 @@ mod detach;
 mod devices;
 mod explain;
 mod list;
+mod monitor;
 mod output;
 mod ps;
 mod status;
@@ -52,6 +53,8 @@ pub enum Command {
     Explain(explain::Args),
     /// Prove that a container can open its devices, without touching them
     Verify(verify::Args),
+    /// Show what happens from now on: grants, revocations, and the devices that containers were refused
+    Monitor(monitor::Args),
     /// Show how the agent and the device filter are
     Status(status::Args),
     /// Run the agent (a systemd service starts this)
@@ -78,6 +81,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Ps(args) => ps::run(args),
         Command::Explain(args) => explain::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Monitor(args) => monitor::run(args),
         Command::Status(args) => status::run(args),
         Command::Agent(args) if args.release => release(),
         Command::Agent(_) => crate::agent::run(),

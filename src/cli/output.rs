@@ -1,5 +1,6 @@
 //! What a person or a program reads on stdout.
 
+use std::fmt::Display;
 use std::io::{self, Write};
 
 use serde::Serialize;
@@ -32,10 +33,21 @@ pub(super) fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) ->
     write(&text)
 }
 
+/// One line of many, as JSON or as text; `false` when nobody reads them any more.
+pub(super) fn event(value: &(impl Serialize + Display), as_json: bool) -> Result<bool> {
+    let text = || printable(&value.to_string());
+    let line = if as_json { serde_json::to_string(value).expect("our own types are printable") } else { text() };
+    try_write(&format!("{line}\n"))
+}
+
 /// A reader that has seen enough (`| head`) is no failure.
 fn write(text: &str) -> Result<()> {
+    try_write(text).map(drop)
+}
+
+fn try_write(text: &str) -> Result<bool> {
     match io::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.map_err(Error::host("write to stdout")),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        result => result.map(|()| true).map_err(Error::host("write to stdout")),
     }
 }

@@ -34,6 +34,8 @@ pub(super) struct Reg(u8);
 pub(super) const R0: Reg = Reg(0);
 pub(super) const R1: Reg = Reg(1);
 pub(super) const R2: Reg = Reg(2);
+pub(super) const R3: Reg = Reg(3);
+pub(super) const R4: Reg = Reg(4);
 pub(super) const R6: Reg = Reg(6);
 pub(super) const R7: Reg = Reg(7);
 pub(super) const R8: Reg = Reg(8);
@@ -142,10 +144,15 @@ impl Assembler {
         self.push(CLASS_JMP | CALL, R0, R0, 0, helper);
     }
 
+    /// Loads a map's address, in two instructions.
+    pub(super) fn map(&mut self, dst: Reg, map_fd: i32) {
+        self.push(CLASS_LD | DW, dst, Reg(PSEUDO_MAP_FD), 0, map_fd);
+        self.push(0, R0, R0, 0, 0);
+    }
+
     /// R0 = the address of the value under the key at `R10 + key`, or 0.
     pub(super) fn lookup(&mut self, map_fd: i32, key: i16) {
-        self.push(CLASS_LD | DW, R1, Reg(PSEUDO_MAP_FD), 0, map_fd);
-        self.push(0, R0, R0, 0, 0);
+        self.map(R1, map_fd);
         self.mov(R2, R10);
         self.alu64_imm(ADD, R2, i32::from(key));
         self.call(MAP_LOOKUP_ELEM);

@@ -17,9 +17,12 @@
 //! reads and clears at each verdict: without it, a grant holds for tasks in the container's own cgroup alone. A witness
 //! is lost when another task opens a device on this CPU between the two programs, which needs a preemption within less
 //! than a microsecond: then a task below the container's cgroup is refused once.
+//!
+//! Where [`lift`] leaves a refusal as it is, and an ancestor of the task is in the map of those that are *watched*, it
+//! reports who was refused what. An open that is let through executes nothing of this.
 
 use crate::core::assembler::{
-    ADD, AND, Assembler, DW, JEQ, JGT, JNE, LSH, OR, R0, R1, R2, R6, R7, R8, R9, R10, RSH, SUB, W, XOR,
+    ADD, AND, Assembler, DW, JEQ, JGT, JNE, LSH, OR, R0, R1, R2, R3, R4, R6, R7, R8, R9, R10, RSH, SUB, W, XOR,
 };
 pub use crate::core::assembler::{Insn, assemble};
 
@@ -31,6 +34,10 @@ pub const GRANTS_MAP: &str = "qmhp_grants1";
 pub const WITNESS_MAP: &str = "qmhp_witness1";
 /// Name of the map of withdrawals.
 pub const WITHDRAWN_MAP: &str = "qmhp_withdraw1";
+/// Name of the map of watched cgroups.
+pub const WATCHED_MAP: &str = "qmhp_watch1";
+/// Name of the ring of refusals.
+pub const REFUSED_MAP: &str = "qmhp_refused1";
 /// What the names of all versions of [`lift`] start with.
 pub const LIFT_PREFIX: &str = "qmhp_lift";
 /// What the names of all versions of [`mark`] start with.
@@ -43,6 +50,15 @@ pub const VALUE_SIZE: usize = 4;
 /// A witness: the task's id (the lower half of `bpf_get_current_pid_tgid`) in the upper half, the levels whose marks
 /// ran for it as a bit set in the lower one. One word, because a task can be preempted between two.
 pub const WITNESS_SIZE: usize = 8;
+
+/// Key of the map of watched cgroups: the cgroup's id (u64).
+pub const WATCHED_KEY_SIZE: usize = 8;
+/// Its value: the window of time of the last report in the upper half, the reports in it in the lower one (u64).
+pub const WATCHED_VALUE_SIZE: usize = 8;
+/// A window of time is this power of two of nanoseconds long: 1.07 seconds.
+const WINDOW_SHIFT: i32 = 30;
+/// Reports that a watched cgroup may make in a window. Two CPUs that report at once may make one more.
+pub const REPORTS_PER_WINDOW: u32 = 16;
 
 /// Ancestor levels that [`lift`] looks at: a container's cgroup must be less deep than this.
 pub const MAX_LEVELS: u32 = 32;
@@ -58,28 +74,45 @@ const CTX_MINOR: i16 = 8;
 
 /// Helper numbers (linux/bpf.h, `enum bpf_func_id`).
 mod helper {
+    pub(super) const KTIME_GET_NS: i32 = 5;
     pub(super) const GET_CURRENT_PID_TGID: i32 = 14;
     pub(super) const GET_CURRENT_CGROUP_ID: i32 = 80;
     pub(super) const GET_CURRENT_ANCESTOR_CGROUP_ID: i32 = 123;
+    pub(super) const RINGBUF_OUTPUT: i32 = 130;
     pub(super) const GET_RETVAL: i32 = 186;
     pub(super) const SET_RETVAL: i32 = 187;
 }
 
-/// The program for the cgroup2 root, over the maps with these file descriptors; that of withdrawals while there are any.
-pub fn lift(grants_fd: i32, witness_fd: i32, withdrawn_fd: Option<i32>) -> Vec<Insn> {
+/// File descriptors of the maps that [`lift`] works on.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Maps {
+    /// Grants.
+    pub grants: i32,
+    /// Witnesses.
+    pub witness: i32,
+    /// Withdrawals, while there are any.
+    pub withdrawn: Option<i32>,
+    /// Watched cgroups.
+    pub watched: i32,
+    /// The ring of refusals.
+    pub refused: i32,
+}
+
+/// The program for the cgroup2 root.
+pub fn lift(maps: Maps) -> Vec<Insn> {
     const INDEX: i16 = -4;
     let mut a = Assembler::default();
     a.mov(R6, R1);
     // R9 = the witness. The slot is cleared for the next verdict.
     a.store_imm(W, R10, INDEX, 0);
-    a.lookup(witness_fd, INDEX);
+    a.lookup(maps.witness, INDEX);
     a.jump_imm(JEQ, R0, 0, "leave");
     a.load(DW, R9, R0, 0);
     a.store_imm(DW, R0, 0, 0);
 
     // R7 = levels to look at: all for a plain refusal, those below the mark for a renamed one.
     a.call(helper::GET_RETVAL);
-    a.jump32_imm(JEQ, R0, 0, if withdrawn_fd.is_some() { "allowed" } else { "leave" });
+    a.jump32_imm(JEQ, R0, 0, if maps.withdrawn.is_some() { "allowed" } else { "leave" });
     a.mov_imm(R7, -1);
     a.jump32_imm(JEQ, R0, EPERM, "wanted");
     a.mov32(R1, R0);
@@ -112,7 +145,7 @@ pub fn lift(grants_fd: i32, witness_fd: i32, withdrawn_fd: Option<i32>) -> Vec<I
     a.alu64(RSH, R1, R8);
     a.alu64_imm(AND, R1, 1);
     a.jump_imm(JEQ, R1, 0, "next");
-    entry_of_level(&mut a, grants_fd, "refuse", "next");
+    entry_of_level(&mut a, maps.grants, "refuse", "next");
     a.jump_reg(JNE, R1, R2, "next");
     // Granted to this level: good for the cgroup itself, and below it where its mark vouches for the refusal.
     a.mov(R1, R9);
@@ -128,16 +161,17 @@ pub fn lift(grants_fd: i32, witness_fd: i32, withdrawn_fd: Option<i32>) -> Vec<I
 
     a.label("allow");
     a.mov_imm(R1, 0);
-    a.jump("set");
-    a.label("refuse");
-    a.mov_imm(R1, EPERM);
-    a.label("set");
     a.call(helper::SET_RETVAL);
     a.label("leave");
     a.mov_imm(R0, 1);
     a.exit();
 
-    if let Some(withdrawn_fd) = withdrawn_fd {
+    a.label("refuse");
+    a.mov_imm(R1, EPERM);
+    a.call(helper::SET_RETVAL);
+    report(&mut a, maps.watched, maps.refused);
+
+    if let Some(withdrawn_fd) = maps.withdrawn {
         a.label("allowed");
         question(&mut a);
         a.mov_imm(R8, 1);
@@ -153,6 +187,9 @@ pub fn lift(grants_fd: i32, witness_fd: i32, withdrawn_fd: Option<i32>) -> Vec<I
     }
     a.finish()
 }
+
+/// `BPF_DEVCG_ACC_READ` and `BPF_DEVCG_ACC_WRITE`.
+const OPENING: i32 = 6;
 
 /// Where [`question`] leaves the key, without its cgroup, and the wanted access on the stack.
 const KEY: i16 = -40;
@@ -185,6 +222,54 @@ fn entry_of_level(a: &mut Assembler, map_fd: i32, no_ancestor: &'static str, no_
     a.load(W, R1, R0, 0);
     a.load(DW, R2, R10, WANTED);
     a.alu64(AND, R1, R2);
+}
+
+/// Reports the refusal of what [`question`] took, for the innermost ancestor that is watched, and leaves. A refusal from
+/// below a mark (R7 says which it is) is no answer of the container's own filter, and to make a node opens nothing.
+fn report(a: &mut Assembler, watched_fd: i32, refused_fd: i32) {
+    a.jump32_imm(JNE, R7, -1, "leave");
+    a.load(DW, R9, R10, WANTED);
+    a.mov(R1, R9);
+    a.alu64_imm(AND, R1, OPENING);
+    a.jump_imm(JEQ, R1, 0, "leave");
+    // Where there is no ancestor of that level, its id is 0, which nobody has: a branch for that would double what the
+    // verifier walks.
+    a.mov_imm(R8, MAX_LEVELS as i32 - 1);
+    a.label("watched level");
+    a.jump32_imm(JEQ, R8, 0, "leave");
+    a.mov(R1, R8);
+    a.call(helper::GET_CURRENT_ANCESTOR_CGROUP_ID);
+    a.store(DW, R10, KEY, R0);
+    a.lookup(watched_fd, KEY);
+    a.jump_imm(JNE, R0, 0, "watched");
+    a.alu64_imm(SUB, R8, 1);
+    a.jump("watched level");
+
+    // R1 = this window and the reports that were made in it.
+    a.label("watched");
+    a.mov(R6, R0);
+    a.call(helper::KTIME_GET_NS);
+    a.alu64_imm(RSH, R0, WINDOW_SHIFT);
+    a.load(DW, R1, R6, 0);
+    a.mov(R2, R1);
+    a.alu64_imm(RSH, R2, 32);
+    a.jump_reg(JEQ, R2, R0, "count");
+    a.mov(R1, R0);
+    a.alu64_imm(LSH, R1, 32);
+    a.label("count");
+    a.jump32_imm(JGT, R1, REPORTS_PER_WINDOW as i32 - 1, "leave");
+    a.alu64_imm(ADD, R1, 1);
+    a.store(DW, R6, 0, R1);
+    // The report is the key, with the access in its last field.
+    a.store(W, R10, KEY + 20, R9);
+    a.map(R1, refused_fd);
+    a.mov(R2, R10);
+    a.alu64_imm(ADD, R2, i32::from(KEY));
+    a.mov_imm(R3, KEY_SIZE as i32);
+    a.mov_imm(R4, 0);
+    // Where the ring is full, this one is lost.
+    a.call(helper::RINGBUF_OUTPUT);
+    a.jump("leave");
 }
 
 /// The program for first place on a granted container's cgroup at `level` (the root's children have level 1).
@@ -220,16 +305,16 @@ pub fn mark(level: u32, witness_fd: i32) -> Vec<Insn> {
     a.finish()
 }
 
-/// What [`report`] makes of a refusal: an errno that no other program and no system call returns.
-pub const REPORTED: i32 = 3000;
+/// What [`keep_apart`] makes of a refusal: an errno that no other program and no system call returns.
+pub const KEPT_APART: i32 = 3000;
 
 /// The program that runs right after a copy of a foreign one, to hear its verdict alone: of a refusal it makes an error
 /// that the kernel keeps, whatever the programs further up say.
-pub fn report() -> Vec<Insn> {
+pub fn keep_apart() -> Vec<Insn> {
     let mut a = Assembler::default();
     a.call(helper::GET_RETVAL);
     a.jump32_imm(JNE, R0, EPERM, "leave");
-    a.mov_imm(R1, -REPORTED);
+    a.mov_imm(R1, -KEPT_APART);
     a.call(helper::SET_RETVAL);
     a.label("leave");
     a.mov_imm(R0, 1);
@@ -248,7 +333,10 @@ pub fn allow() -> Vec<Insn> {
 /// The name of this binary's [`lift`] in one of its two forms: layout version and a fingerprint of the instructions, 15
 /// characters.
 pub fn lift_name(withdraws: bool) -> String {
-    format!("{LIFT_PREFIX}{LAYOUT}_{:04x}", fingerprint(&lift(0, 0, withdraws.then_some(0))))
+    format!(
+        "{LIFT_PREFIX}{LAYOUT}_{:04x}",
+        fingerprint(&lift(Maps { withdrawn: withdraws.then_some(0), ..Maps::default() }))
+    )
 }
 
 /// The name of this binary's [`mark`]s.

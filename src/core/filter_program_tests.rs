@@ -10,6 +10,11 @@ use super::*;
 const GRANTS_FD: i32 = 11;
 const WITNESS_FD: i32 = 12;
 const WITHDRAWN_FD: i32 = 13;
+const WATCHED_FD: i32 = 14;
+const REFUSED_FD: i32 = 15;
+const MAPS: Maps =
+    Maps { grants: GRANTS_FD, witness: WITNESS_FD, withdrawn: None, watched: WATCHED_FD, refused: REFUSED_FD };
+const WITHDRAWING: Maps = Maps { withdrawn: Some(WITHDRAWN_FD), ..MAPS };
 const TASK: u64 = 0x0000_1234_0000_5678;
 /// A witness of this task: its id above, levels below.
 fn witness(task: u64, levels: u64) -> Box<u64> {
@@ -29,13 +34,24 @@ struct Kernel {
     grants: HashMap<[u8; KEY_SIZE], Box<u32>>,
     withdrawn: HashMap<[u8; KEY_SIZE], Box<u32>>,
     witness: Box<u64>,
+    watched: HashMap<u64, Box<u64>>,
+    now: u64,
+    reports: Vec<[u8; KEY_SIZE]>,
+    /// Helpers called.
+    calls: Vec<i32>,
 }
 
 thread_local! { static KERNEL: RefCell<Kernel> = RefCell::default(); }
 
 #[allow(unsafe_code)]
 fn map_lookup(map: u64, key: u64, _: u64, _: u64, _: u64) -> u64 {
+    called(1);
     KERNEL.with_borrow(|kernel| match map as i32 {
+        WATCHED_FD => {
+            // SAFETY: the program passes an address on the interpreter's stack with a cgroup id behind it.
+            let cgroup = unsafe { *(key as *const u64) };
+            kernel.watched.get(&cgroup).map_or(0, |value| &raw const **value as u64)
+        }
         WITNESS_FD => &raw const *kernel.witness as u64,
         GRANTS_FD | WITHDRAWN_FD => {
             // SAFETY: the program passes an address on the interpreter's stack with KEY_SIZE bytes behind it.
@@ -47,13 +63,30 @@ fn map_lookup(map: u64, key: u64, _: u64, _: u64, _: u64) -> u64 {
     })
 }
 
+#[allow(unsafe_code)]
+fn ring_output(map: u64, report: u64, size: u64, flags: u64, _: u64) -> u64 {
+    called(130);
+    assert_eq!((map as i32, size as usize, flags), (REFUSED_FD, KEY_SIZE, 0));
+    // SAFETY: the program passes an address on the interpreter's stack with KEY_SIZE bytes behind it.
+    let report = unsafe { *(report as *const [u8; KEY_SIZE]) };
+    KERNEL.with_borrow_mut(|kernel| kernel.reports.push(report));
+    0
+}
+
+fn called(helper: i32) {
+    KERNEL.with_borrow_mut(|kernel| kernel.calls.push(helper));
+}
+
 fn run(program: &[Insn], access_type: u32, major: u32, minor: u32) -> u64 {
     let bytes = assemble(program);
     let mut vm = EbpfVmRaw::new(None).unwrap();
     vm.register_helper(1, map_lookup).unwrap();
+    vm.register_helper(5, |_, _, _, _, _| KERNEL.with_borrow(|k| k.now)).unwrap();
     vm.register_helper(14, |_, _, _, _, _| TASK).unwrap();
     vm.register_helper(80, |_, _, _, _, _| KERNEL.with_borrow(|k| cgroup_id(k.depth))).unwrap();
+    vm.register_helper(130, ring_output).unwrap();
     vm.register_helper(123, |level, _, _, _, _| {
+        called(123);
         KERNEL.with_borrow(|k| if level as usize <= k.depth { cgroup_id(level as usize) } else { 0 })
     })
     .unwrap();
@@ -69,6 +102,10 @@ fn run(program: &[Insn], access_type: u32, major: u32, minor: u32) -> u64 {
         for value in kernel.grants.values().chain(kernel.withdrawn.values()) {
             let address = &raw const **value as u64;
             vm.register_allowed_memory(address..address + 4);
+        }
+        for value in kernel.watched.values() {
+            let address = &raw const **value as u64;
+            vm.register_allowed_memory(address..address + 8);
         }
     });
     vm.set_program(&bytes).unwrap();
@@ -108,7 +145,7 @@ fn expected(
 
 #[test]
 fn lift_decides_the_whole_table_as_specified() {
-    let program = lift(GRANTS_FD, WITNESS_FD, None);
+    let program = lift(MAPS);
     let verdicts = [0, -1, -13, -2000, -2001, -2002, -2003, -2031, -2032, -1999, 1];
     let mut cases = 0;
     for verdict in verdicts {
@@ -147,7 +184,7 @@ fn lift_decides_the_whole_table_as_specified() {
 
 #[test]
 fn what_is_withdrawn_is_refused_unless_it_is_granted() {
-    let (plain, withdrawing) = (lift(GRANTS_FD, WITNESS_FD, None), lift(GRANTS_FD, WITNESS_FD, Some(WITHDRAWN_FD)));
+    let (plain, withdrawing) = (lift(MAPS), lift(WITHDRAWING));
     let mut cases = 0;
     let verdicts = [0, -1, -13, -2002, 1];
     let levels = [1, 2, 4, 31];
@@ -190,7 +227,7 @@ fn what_is_withdrawn_is_refused_unless_it_is_granted() {
 
 #[test]
 fn a_withdrawal_tells_kinds_and_numbers_apart() {
-    let program = lift(GRANTS_FD, WITNESS_FD, Some(WITHDRAWN_FD));
+    let program = lift(WITHDRAWING);
     let numbers = [0, 1, 188, 189, 0xf_ffff];
     for (kind, major) in (1..3).flat_map(|kind| numbers.map(|major| (kind, major))) {
         for minor in numbers {
@@ -207,7 +244,7 @@ fn a_withdrawal_tells_kinds_and_numbers_apart() {
 
 #[test]
 fn lift_tells_kinds_and_numbers_apart() {
-    let program = lift(GRANTS_FD, WITNESS_FD, None);
+    let program = lift(MAPS);
     let numbers = [0, 1, 187, 188, 189, 4095, 0xf_ffff];
     let table =
         (1..3).flat_map(|kind| numbers.map(|major| (kind, major))).flat_map(|(k, a)| numbers.map(|b| (k, a, b)));
@@ -228,7 +265,7 @@ fn lift_tells_kinds_and_numbers_apart() {
 
 #[test]
 fn a_witness_of_another_task_counts_for_nothing() {
-    let program = lift(GRANTS_FD, WITNESS_FD, None);
+    let program = lift(MAPS);
     for (task, lifted) in [(TASK, true), (TASK + 1, false), (0, false)] {
         KERNEL.with_borrow_mut(|k| {
             *k = Kernel { retval: -1, depth: 3, witness: witness(task, 1 << 1), ..Kernel::default() };
@@ -280,7 +317,7 @@ fn walk(depth: usize, filters: &[(usize, bool)], marks: &[usize], grants: &[usiz
             });
         }
     }
-    run(&lift(GRANTS_FD, WITNESS_FD, None), 2 << 16 | 2, 188, 0);
+    run(&lift(MAPS), 2 << 16 | 2, 188, 0);
     KERNEL.with_borrow(|k| k.retval)
 }
 
@@ -309,7 +346,12 @@ fn a_container_and_what_is_nested_in_it() {
 fn names_fit_the_kernels_fifteen_characters() {
     for name in
         [lift_name(false), lift_name(true), mark_name(), GRANTS_MAP.into(), WITNESS_MAP.into(), WITHDRAWN_MAP.into()]
+            .into_iter()
+            .chain([WATCHED_MAP.into(), REFUSED_MAP.into()])
     {
         assert!(name.len() <= 15, "{name}");
     }
 }
+
+#[path = "filter_program_report_tests.rs"]
+mod reports;

@@ -1,6 +1,7 @@
 //! From a device to a selector that means it, and no other one.
 
-use crate::core::category::Categories;
+use crate::core::annotation::{DEVICE_PREFIX, HOTPLUG_PREFIX};
+use crate::core::category::{Categories, Category};
 use crate::core::facts::Facts;
 use crate::core::glob::Glob;
 use crate::core::grammar::{Author, selection};
@@ -10,9 +11,8 @@ use crate::core::selector::quoted;
 /// another number. Only where the device has nothing of its own (no serial number, no place) it goes by the node's name.
 /// The error says in words why containers cannot ask for it.
 pub fn selector_for(device: &Facts<'_>, others: &[Facts<'_>], categories: &Categories) -> Result<String, String> {
-    let containing = categories.iter().filter(|category| category.enabled && category.contains(device.device));
-    let narrowest = containing.min_by_key(|category| category.patterns.len());
-    let mut text = narrowest.map_or_else(|| term("subsystem", &device.device.subsystem), |it| it.name.clone());
+    let category = narrowest(device, categories);
+    let mut text = category.map_or_else(|| term("subsystem", &device.device.subsystem), |it| it.name.clone());
     let rule = |text: &str| selection("", text, categories, Author::Container).map_err(|error| error.to_string());
     if let Some(reason) = rule(&text)?.selector.failing(device) {
         return Err(reason);
@@ -60,10 +60,35 @@ fn term(key: &str, value: &str) -> String {
     format!("{key}={}", quoted(&Glob::exactly(value).to_string()))
 }
 
+/// The annotation, with its value, that asks for the device: the narrowest category that has it, else a selector. `None`
+/// where containers of this host cannot ask for it.
+pub fn suggestion(device: &Facts<'_>, categories: &Categories) -> Option<String> {
+    match narrowest(device, categories) {
+        Some(category) => Some(format!("{DEVICE_PREFIX}{}=true", category.name)),
+        None => {
+            let name = name_of(&device.device.node);
+            selector_for(device, &[], categories).ok().map(|selector| format!("{HOTPLUG_PREFIX}{name}={selector}"))
+        }
+    }
+}
+
+/// A name for a rule that asks for the device with this node.
+pub fn name_of(node: &str) -> String {
+    let name = node.rsplit('/').next().unwrap_or_default();
+    name.chars().map(|one| if one.is_ascii_alphanumeric() { one } else { '-' }).take(64).collect()
+}
+
+fn narrowest<'a>(device: &Facts<'_>, categories: &'a Categories) -> Option<&'a Category> {
+    let containing = categories.iter().filter(|category| category.enabled && category.contains(device.device));
+    containing.min_by_key(|category| category.patterns.len())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::config::ConfigFile;
     use crate::core::facts::tests::{Tree, bench, of_bench};
+    use crate::core::plan::tests::device;
 
     fn named(tree: &Tree, node: &str) -> Result<String, String> {
         let all: Vec<Facts<'_>> = tree.devices.values().map(|device| Facts::new(device, tree)).collect();
@@ -90,5 +115,31 @@ mod tests {
         assert_eq!(named(&tree, "/dev/net/tun").as_deref(), Ok("tun,devname=/dev/net/tun"));
         assert_eq!(named(&tree, "/dev/x,y*").as_deref(), Ok("subsystem=misc,devname=\"/dev/x,y\\*\""));
         assert!(named(&tree, "/dev/bus/usb/001/002").unwrap_err().contains("have to be enabled"));
+    }
+
+    #[test]
+    fn the_narrowest_category_that_is_enabled_is_suggested() {
+        let mut categories = Categories::default();
+        let suggested = |categories: &Categories, node: &str| {
+            suggestion(&Facts::new(&device(node, 240, 0), &Tree::default()), categories)
+        };
+        for (node, name) in [
+            ("/dev/ttyUSB0", "ttyUSB"),
+            ("/dev/ttyAMA0", "tty"),
+            ("/dev/video0", "video"),
+            ("/dev/v4l-subdev0", "camera"),
+        ] {
+            assert_eq!(suggested(&categories, node), Some(format!("org.containers.qm.device.{name}=true")), "{node}");
+        }
+        assert_eq!(suggested(&categories, "/dev/bus/usb/001/002"), None);
+        assert_eq!(
+            suggested(&categories, "/dev/robot1").as_deref(),
+            Some("org.containers.qm.hotplug.robot1=subsystem=tty,devname=/dev/robot1")
+        );
+        let text = "enable = ['usb']\n[category.robot]\nnodes = ['/dev/robot#']";
+        categories.apply(&ConfigFile::parse(text).unwrap()).unwrap();
+        for (node, name) in [("/dev/bus/usb/001/002", "usb"), ("/dev/robot1", "robot")] {
+            assert_eq!(suggested(&categories, node), Some(format!("org.containers.qm.device.{name}=true")), "{node}");
+        }
     }
 }

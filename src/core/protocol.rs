@@ -1,6 +1,6 @@
 //! What goes over the agent's socket: varlink's framing (a JSON object and a NUL byte), methods `io.qmhotplug.…`.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 
 use crate::core::device::{Access, Kind};
@@ -25,6 +25,9 @@ pub enum Request {
     /// How the agent is.
     #[serde(rename = "io.qmhotplug.Status")]
     Status(Nothing),
+    /// What happens from now on: a stream of [`crate::core::event::Event`], for callers that take more answers than one.
+    #[serde(rename = "io.qmhotplug.Monitor")]
+    Monitor(Monitor),
 }
 
 /// No parameters.
@@ -66,6 +69,14 @@ pub struct Detach {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct List {
     /// Only this container's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+}
+
+/// Parameters of `Monitor`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Monitor {
+    /// Only of this container.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<String>,
 }
@@ -168,12 +179,16 @@ pub struct Reply {
     /// The answer, or `message` and `code` of an error.
     #[serde(default)]
     pub parameters: Value,
+    /// Whether more answers to the same request follow.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub continues: bool,
 }
 
 impl Reply {
     /// A good answer.
     pub fn good(parameters: impl Serialize) -> Reply {
-        Reply { error: None, parameters: serde_json::to_value(parameters).expect("an answer is valid JSON") }
+        let parameters = serde_json::to_value(parameters).expect("an answer is valid JSON");
+        Reply { error: None, parameters, continues: false }
     }
 
     /// An error, with the exit code that the command should end with.
@@ -186,7 +201,13 @@ impl Reply {
             6 => "TimedOut",
             _ => "Failed",
         };
-        Reply { error: Some(format!("{INTERFACE}.{name}")), parameters: json!({ "message": message, "code": code }) }
+        let parameters = json!({ "message": message, "code": code });
+        Reply { error: Some(format!("{INTERFACE}.{name}")), parameters, continues: false }
+    }
+
+    /// The same, with more to follow.
+    pub fn continued(self) -> Reply {
+        Reply { continues: true, ..self }
     }
 }
 
@@ -197,15 +218,50 @@ pub fn frame(message: &impl Serialize) -> Vec<u8> {
     bytes
 }
 
+/// A request as it comes in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Incoming {
+    /// What is asked for.
+    pub request: Request,
+    /// Whether the caller takes more answers than one.
+    pub more: bool,
+}
+
+impl Incoming {
+    /// One that takes a stream.
+    pub fn streamed(request: Request) -> Incoming {
+        Incoming { request, more: true }
+    }
+}
+
+/// As varlink has it: the request with `more`, where that is set.
+impl Serialize for Incoming {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut value = serde_json::to_value(&self.request).map_err(serde::ser::Error::custom)?;
+        if self.more {
+            value["more"] = true.into();
+        }
+        value.serialize(serializer)
+    }
+}
+
 /// Reads a request. Errors are in words.
-pub fn parse_request(message: &[u8]) -> Result<Request, String> {
+pub fn parse_request(message: &[u8]) -> Result<Incoming, String> {
     let mut value: Value =
         serde_json::from_slice(message).map_err(|error| format!("this is no JSON object: {error}"))?;
     // Varlink lets a caller leave empty parameters out.
     if let Some(object) = value.as_object_mut() {
         object.entry("parameters").or_insert_with(|| json!({}));
     }
-    serde_json::from_value(value).map_err(|error| format!("this is no request of {INTERFACE}: {error}"))
+    let more = value.get("more").is_some_and(|more| *more == true);
+    let request =
+        serde_json::from_value(value).map_err(|error| format!("this is no request of {INTERFACE}: {error}"))?;
+    match request {
+        Request::Monitor(_) if !more => {
+            Err(format!("{INTERFACE}.Monitor answers with a stream: ask with \"more\": true"))
+        }
+        request => Ok(Incoming { request, more }),
+    }
 }
 
 #[cfg(test)]
@@ -221,8 +277,27 @@ mod tests {
             text.strip_suffix(b"\0").unwrap(),
             br#"{"method":"io.qmhotplug.Detach","parameters":{"container":"web","device":"/dev/x"}}"#
         );
+        let parsed = |text: &[u8]| parse_request(text).map(|incoming| incoming.request);
+        assert_eq!(parsed(text.strip_suffix(b"\0").unwrap()).unwrap(), request);
+        assert_eq!(parsed(br#"{"method":"io.qmhotplug.List"}"#).unwrap(), Request::List(List::default()));
+    }
+
+    #[test]
+    fn a_stream_is_for_those_who_ask_for_more() {
+        let request = Incoming::streamed(Request::Monitor(Monitor { container: Some("web".into()) }));
+        let text = frame(&request);
+        assert_eq!(
+            text.strip_suffix(b"\0").unwrap(),
+            br#"{"method":"io.qmhotplug.Monitor","parameters":{"container":"web"},"more":true}"#
+        );
         assert_eq!(parse_request(text.strip_suffix(b"\0").unwrap()).unwrap(), request);
-        assert_eq!(parse_request(br#"{"method":"io.qmhotplug.List"}"#).unwrap(), Request::List(List::default()));
+        for more in ["", r#","more":false"#, r#","more":"true""#] {
+            let text = format!(r#"{{"method":"io.qmhotplug.Monitor"{more}}}"#);
+            assert!(parse_request(text.as_bytes()).unwrap_err().contains(r#""more": true"#), "{text}");
+        }
+        let reply = Reply::good(json!({}));
+        assert_eq!(serde_json::to_string(&reply).unwrap(), r#"{"parameters":{}}"#);
+        assert_eq!(serde_json::to_string(&reply.continued()).unwrap(), r#"{"parameters":{},"continues":true}"#);
     }
 
     #[test]

@@ -23,6 +23,7 @@ const PROG_QUERY: i32 = 16;
 
 const MAP_TYPE_HASH: u32 = 1;
 const MAP_TYPE_PERCPU_ARRAY: u32 = 6;
+const MAP_TYPE_RINGBUF: u32 = 27;
 const F_NO_PREALLOC: u32 = 1;
 const PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const ATTACH_TYPE_CGROUP_DEVICE: u32 = 6;
@@ -112,6 +113,11 @@ impl Map {
         Map::create(MAP_TYPE_PERCPU_ARRAY, name, 4, value_size, max_entries, 0)
     }
 
+    /// A ring for [`crate::sys::ring::Ring`], of that many bytes: a power of two of pages.
+    pub fn create_ring(name: &str, bytes: u32) -> io::Result<Map> {
+        Map::create(MAP_TYPE_RINGBUF, name, 0, 0, bytes, 0)
+    }
+
     fn create(kind: u32, name: &str, key_size: usize, value_size: usize, entries: u32, flags: u32) -> io::Result<Map> {
         let mut attr = Attr::new()
             .u32(0, kind)
@@ -190,6 +196,12 @@ impl Map {
 
     fn attr(&self) -> Attr {
         Attr::new().fd(0, self.fd.as_fd())
+    }
+}
+
+impl AsFd for Map {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

@@ -1,20 +1,27 @@
 //! The device filter: one program on the cgroup2 root that lifts refusals, one mark on each granted container's cgroup,
 //! and the maps of grants and of withdrawals. What the programs do is told in [`crate::core::filter_program`].
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 use crate::core::device::{Access, Kind, Number};
 use crate::core::filter_program::{
-    self as program, GRANTS_MAP, KEY_SIZE, LAYOUT, VALUE_SIZE, WITHDRAWN_MAP, WITNESS_MAP, WITNESS_SIZE,
+    self as program, GRANTS_MAP, KEY_SIZE, LAYOUT, REFUSED_MAP, VALUE_SIZE, WATCHED_KEY_SIZE, WATCHED_MAP,
+    WATCHED_VALUE_SIZE, WITHDRAWN_MAP, WITNESS_MAP, WITNESS_SIZE,
 };
 use crate::error::{Error, Result};
 use crate::sys::bpf::{Map, Program, attached, attached_as};
 use crate::sys::cgroup::{Cgroup, CgroupRoot};
 use crate::sys::mark;
+use crate::sys::ring::Ring;
 
 /// Entries that the map of grants takes at first; a full one is doubled.
 const CAPACITY: u32 = 65_536;
+/// Cgroups that can be watched.
+const WATCHED_CAPACITY: u32 = 4096;
+/// Bytes of the ring of refusals, for 2,048 of them.
+const RING_SIZE: u32 = 64 * 1024;
 
 /// The filter in force on this host.
 #[derive(Debug)]
@@ -23,6 +30,8 @@ pub struct DeviceFilter {
     witness: Map,
     /// There while there are withdrawals: then the program at the root has the form that reads it.
     withdrawn: Option<Map>,
+    watched: Map,
+    refused: Map,
 }
 
 /// One entry of the map of grants or of withdrawals.
@@ -77,15 +86,23 @@ impl DeviceFilter {
     /// Loads the program over these maps and puts it in the place of those of ours that are attached, or behind all
     /// others where there is none. At no moment is there none of ours.
     fn take_over(&self, root: &CgroupRoot, name: &str, ours: &[(Program, String)]) -> Result<()> {
-        let withdrawn = self.withdrawn.as_ref().map(AsRawFd::as_raw_fd);
-        let lift = Program::load(name, &program::lift(self.grants.as_raw_fd(), self.witness.as_raw_fd(), withdrawn))
-            .map_err(failed("load its program"))?;
+        let lift = Program::load(name, &program::lift(self.maps())).map_err(failed("load its program"))?;
         match ours.first() {
             // In place: a program of others that runs after ours keeps the last word.
             Some((old, _)) => lift.replace(root.as_fd(), old).map_err(failed("replace the version before"))?,
             None => lift.attach(root.as_fd()).map_err(failed("attach its program to the cgroup root"))?,
         }
         detach_others(root, ours, 0)
+    }
+
+    fn maps(&self) -> program::Maps {
+        program::Maps {
+            grants: self.grants.as_raw_fd(),
+            witness: self.witness.as_raw_fd(),
+            withdrawn: self.withdrawn.as_ref().map(AsRawFd::as_raw_fd),
+            watched: self.watched.as_raw_fd(),
+            refused: self.refused.as_raw_fd(),
+        }
     }
 
     /// Puts the form of the program into place that this filter needs now.
@@ -120,6 +137,8 @@ impl DeviceFilter {
             grants: create_grants(capacity)?,
             witness: Map::create_percpu_array(WITNESS_MAP, WITNESS_SIZE, 1)?,
             withdrawn: None,
+            watched: create_watched()?,
+            refused: create_refused()?,
         })
     }
 
@@ -176,8 +195,34 @@ impl DeviceFilter {
     /// Loads the form that reads withdrawals, and lets it go: that this kernel takes it is known before it is needed.
     pub fn prove_withdrawal(&self) -> Result<()> {
         let map = Map::create_hash(WITHDRAWN_MAP, KEY_SIZE, VALUE_SIZE, 1).map_err(failed("create its maps"))?;
-        let form = program::lift(self.grants.as_raw_fd(), self.witness.as_raw_fd(), Some(map.as_raw_fd()));
+        let form = program::lift(program::Maps { withdrawn: Some(map.as_raw_fd()), ..self.maps() });
         Program::load(&program::lift_name(true), &form).map(drop).map_err(failed("load its program"))
+    }
+
+    /// Has refusals in this cgroup and below it reported; what is watched already stays so. E2BIG: too many are.
+    pub fn watch(&self, cgroup: u64) -> io::Result<()> {
+        self.watched.insert(&cgroup.to_ne_bytes(), &[0; WATCHED_VALUE_SIZE])
+    }
+
+    /// No longer.
+    pub fn unwatch(&self, cgroup: u64) -> io::Result<()> {
+        self.watched.remove(&cgroup.to_ne_bytes()).map(drop)
+    }
+
+    /// Ids of the watched cgroups.
+    pub fn watched(&self) -> io::Result<BTreeSet<u64>> {
+        let ids = self.watched.keys()?;
+        Ok(ids.into_iter().filter_map(|id| id.try_into().ok()).map(u64::from_ne_bytes).collect())
+    }
+
+    /// The reports. There is one ring; what one reader has taken another one does not see.
+    pub fn refusals(&self) -> io::Result<Ring> {
+        Ring::open(&self.refused)
+    }
+
+    /// Whether reports go to this very ring.
+    pub fn reports_to(&self, ring: &Ring) -> bool {
+        self.refused.id().is_ok_and(|id| id == ring.id())
     }
 
     /// Whether the cgroup has our mark in first place: this build's, and one that leaves its witness where this filter
@@ -237,6 +282,14 @@ fn create_grants(capacity: u32) -> io::Result<Map> {
     Map::create_hash(GRANTS_MAP, KEY_SIZE, VALUE_SIZE, capacity)
 }
 
+fn create_watched() -> io::Result<Map> {
+    Map::create_hash(WATCHED_MAP, WATCHED_KEY_SIZE, WATCHED_VALUE_SIZE, WATCHED_CAPACITY)
+}
+
+fn create_refused() -> io::Result<Map> {
+    Map::create_ring(REFUSED_MAP, RING_SIZE)
+}
+
 /// One version of ours is enough: others are left by a hand-over that was interrupted.
 fn detach_others(root: &CgroupRoot, ours: &[(Program, String)], kept: usize) -> Result<()> {
     for (_, (old, _)) in ours.iter().enumerate().filter(|(at, _)| *at != kept) {
@@ -250,22 +303,28 @@ fn lifts(root: &CgroupRoot) -> Result<Vec<(Program, String)>> {
     attached_as(root.as_fd(), program::LIFT_PREFIX).map_err(failed("query programs at the cgroup root"))
 }
 
-/// The maps of a program of ours at the root, if they have this build's layout.
+/// The maps of a program of ours at the root, if they have this build's layout. Those that a build before this one did not
+/// have are made.
 fn adopt((program, name): &(Program, String)) -> io::Result<Option<DeviceFilter>> {
     if !name.starts_with(&format!("{}{LAYOUT}_", program::LIFT_PREFIX)) {
         return Ok(None);
     }
-    let (mut grants, mut witness, mut withdrawn) = (None, None, None);
+    let (mut grants, mut witness, mut withdrawn, mut watched, mut refused) = (None, None, None, None, None);
     for id in program.info()?.map_ids {
         let (map, its_name) = Map::by_id(id)?;
         match (its_name.as_str(), map.sizes()) {
             (GRANTS_MAP, (KEY_SIZE, VALUE_SIZE)) => grants = Some(map),
             (WITHDRAWN_MAP, (KEY_SIZE, VALUE_SIZE)) => withdrawn = Some(map),
             (WITNESS_MAP, (4, WITNESS_SIZE)) => witness = Some(map),
+            (WATCHED_MAP, (WATCHED_KEY_SIZE, WATCHED_VALUE_SIZE)) => watched = Some(map),
+            (REFUSED_MAP, (0, 0)) => refused = Some(map),
             _ => {}
         }
     }
-    Ok(grants.zip(witness).map(|(grants, witness)| DeviceFilter { grants, witness, withdrawn }))
+    let (Some(grants), Some(witness)) = (grants, witness) else { return Ok(None) };
+    let watched = watched.map_or_else(create_watched, Ok)?;
+    let refused = refused.map_or_else(create_refused, Ok)?;
+    Ok(Some(DeviceFilter { grants, witness, withdrawn, watched, refused }))
 }
 
 fn entries(map: &Map) -> io::Result<Vec<Entry>> {

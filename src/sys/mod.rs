@@ -15,6 +15,7 @@ pub mod namespace;
 pub mod node;
 pub mod probe;
 pub mod process;
+pub mod ring;
 pub mod scratch;
 pub mod sysfs;
 pub mod udev;

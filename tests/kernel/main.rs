@@ -5,6 +5,7 @@ mod support;
 
 mod actor;
 mod attach;
+mod before;
 mod block;
 mod explain;
 mod filter;
@@ -14,6 +15,7 @@ mod kernel_bpf;
 mod marks;
 mod nodes;
 mod probe;
+mod refused;
 mod stage;
 mod standing;
 mod unfit;
@@ -33,6 +35,7 @@ fn main() {
         filter::TESTS,
         marks::TESTS,
         standing::TESTS,
+        refused::TESTS,
         nodes::TESTS,
         hostile::TESTS,
         foreign::TESTS,

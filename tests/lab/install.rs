@@ -54,6 +54,7 @@ fn service_hook_and_removal(vm: &Vm) {
     let mut containers =
         Container::run_all(vm, &[("crun", "unit-crun", ASKS_FOR_STICKS), ("runc", "unit-runc", ASKS_FOR_STICKS)]);
     plugging_works(vm, &containers, "the service");
+    refusals_are_told(vm, &containers);
     a_killed_agent_is_started_again(vm);
     plugging_works(vm, &containers, "the service, killed and started again");
     containers.extend(the_hook_gives_what_is_there_at_start(vm));
@@ -115,6 +116,24 @@ fn plugging_works(vm: &Vm, containers: &[Container<'_>], by: &str) {
         container.wait_for_no("/dev/ttyUSB0");
         assert_eq!(container.open_by_hand("c 188 0"), "Operation not permitted", "{}, {by}", container.name);
     }
+}
+
+/// Within the bounds that the unit sets, on a host with udevd and where systemd has filters of its own.
+fn refusals_are_told(vm: &Vm, containers: &[Container<'_>]) {
+    vm.ok("systemd-run --quiet --unit=qmh-told --collect sh -c 'exec qm-hotplug monitor >/run/qmh-told 2>&1'");
+    vm.wait_ok("the monitor", SECONDS_10, "grep waiting /run/qmh-told");
+    for container in containers {
+        assert_eq!(container.open_by_hand("c 4 3"), "Operation not permitted", "{}", container.name);
+        let line = format!(
+            "container {} was refused c 4:3 /dev/tty3 (rw); the annotation org.containers.qm.device.ttys=true would allow it",
+            container.name
+        );
+        vm.wait_ok("it to be told", SECONDS_10, &format!("grep -F '{line}' /run/qmh-told"));
+        let fields = format!("_SYSTEMD_UNIT=qm-hotplug.service F_CONTAINER={}", container.name);
+        let journal = vm.ok(&format!("journalctl --sync; journalctl -o cat {fields}"));
+        assert!(journal.contains("refused c 4:3 /dev/tty3 (rw)"), "{journal}");
+    }
+    vm.ok("systemctl stop qmh-told; rm /run/qmh-told");
 }
 
 fn a_killed_agent_is_started_again(vm: &Vm) {

@@ -79,6 +79,7 @@ fn nonsense_is_answered_and_changes_nothing(runtime: &str) {
         ("null".to_owned(), usage),
         (r#"{"method":"io.qmhotplug.Explode","parameters":{}}"#.to_owned(), usage),
         (r#"{"method":"io.qmhotplug.Attach"}"#.to_owned(), usage),
+        (r#"{"method":"io.qmhotplug.Monitor"}"#.to_owned(), usage),
         (r#"{"method":"io.qmhotplug.Attach","parameters":[]}"#.to_owned(), usage),
         (attach(("access", json!("x"))), usage),
         (attach(("access", json!(""))), usage),

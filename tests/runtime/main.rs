@@ -11,6 +11,7 @@ mod detach;
 mod hook;
 mod host_dev;
 mod hotplug;
+mod monitor;
 mod plug;
 mod precreate;
 mod refusals;
@@ -49,6 +50,7 @@ fn main() {
         hook::CASES,
         precreate::CASES,
         refusals::CASES,
+        monitor::CASES,
         refused_destinations::CASES,
         refused_containers::CASES,
         verify::CASES,
@@ -58,7 +60,9 @@ fn main() {
         podman::RUNTIMES.map(|runtime| trial(format!("{name}::{runtime}"), move || case(runtime)))
     };
     let mut trials: Vec<Trial> = cases.into_iter().flatten().flat_map(each).collect();
-    for (name, case) in [agent_socket::ONCE, refusals::ONCE, refused_containers::ONCE].into_iter().flatten() {
+    for (name, case) in
+        [agent_socket::ONCE, monitor::ONCE, refusals::ONCE, refused_containers::ONCE].into_iter().flatten()
+    {
         trials.push(trial((*name).to_owned(), case));
     }
     if !arguments.list {
