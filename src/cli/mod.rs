@@ -49,12 +49,12 @@ pub enum Command {
     Devices(devices::Args),
     /// Show the running containers that are found, with what they ask for
     Ps(ps::Args),
-    /// Show what happens from now on: grants, revocations, and the devices that containers were refused
-    Monitor(monitor::Args),
     /// Say why a container can or cannot open a device, and what to do
     Explain(explain::Args),
     /// Prove that a container can open its devices, without touching them
     Verify(verify::Args),
+    /// Show what happens from now on: grants, revocations, and the devices that containers were refused
+    Monitor(monitor::Args),
     /// Show how the agent and the device filter are
     Status(status::Args),
     /// Run the agent (a systemd service starts this)
@@ -79,9 +79,9 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::List(args) => list::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Ps(args) => ps::run(args),
-        Command::Monitor(args) => monitor::run(args),
         Command::Explain(args) => explain::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Monitor(args) => monitor::run(args),
         Command::Status(args) => status::run(args),
         Command::Agent(args) if args.release => release(),
         Command::Agent(_) => crate::agent::run(),

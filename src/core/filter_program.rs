@@ -305,16 +305,16 @@ pub fn mark(level: u32, witness_fd: i32) -> Vec<Insn> {
     a.finish()
 }
 
-/// What [`witness_of_refusal`] makes of a refusal: an errno that no other program and no system call returns.
-pub const REPORTED: i32 = 3000;
+/// What [`keep_apart`] makes of a refusal: an errno that no other program and no system call returns.
+pub const KEPT_APART: i32 = 3000;
 
 /// The program that runs right after a copy of a foreign one, to hear its verdict alone: of a refusal it makes an error
 /// that the kernel keeps, whatever the programs further up say.
-pub fn witness_of_refusal() -> Vec<Insn> {
+pub fn keep_apart() -> Vec<Insn> {
     let mut a = Assembler::default();
     a.call(helper::GET_RETVAL);
     a.jump32_imm(JNE, R0, EPERM, "leave");
-    a.mov_imm(R1, -REPORTED);
+    a.mov_imm(R1, -KEPT_APART);
     a.call(helper::SET_RETVAL);
     a.label("leave");
     a.mov_imm(R0, 1);

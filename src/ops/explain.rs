@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::config;
-use crate::core::annotation::{cut_off, rule, whole};
+use crate::core::annotation::{obstacle, rule, whole};
 use crate::core::category::Categories;
 use crate::core::container::{Container, Reference};
 use crate::core::device::{Access, Device, Kind, Number};
@@ -133,9 +133,9 @@ fn subject(target: &Target) -> Subject {
 }
 
 fn asks(container: &Container, settings: &Settings) -> Vec<Ask> {
-    let cut = cut_off(container.annotations().map(|(key, _)| key));
+    let obstacle = obstacle(container.annotations.keys().map(String::as_str));
     let ask = |(key, value): (&str, &str)| {
-        let found = rule(key, value, &settings.categories)?.and_then(|rule| whole(rule, key, value, cut));
+        let found = rule(key, value, &settings.categories)?.and_then(|rule| whole(rule, key, value, obstacle));
         Some(match found {
             Ok(rule) => Ask { source: key.to_owned(), rule: Ok(rule) },
             Err(ignored) => Ask { source: ignored.key, rule: Err(ignored.reason) },

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use crate::core::device::Access;
-use crate::core::filter_program::{REPORTED, witness_of_refusal};
+use crate::core::filter_program::{KEPT_APART, keep_apart};
 use crate::error::{Error, Result};
 use crate::sys::bpf::Program;
 use crate::sys::cgroup::{Cgroup, CgroupRoot};
@@ -18,7 +18,7 @@ const PREFIX: &str = "qmhp-probe-";
 pub struct Scratch<'a> {
     root: &'a CgroupRoot,
     cgroup: Cgroup,
-    report: Program,
+    keep_apart: Program,
 }
 
 impl<'a> Scratch<'a> {
@@ -27,13 +27,13 @@ impl<'a> Scratch<'a> {
         remove_stale(root);
         let path = format!("/{PREFIX}{}", std::process::id());
         let failed = || Error::host::<io::Error>(format!("make the cgroup {path} to ask programs alone"));
-        let report = Program::load("qmhp_report", &witness_of_refusal()).map_err(failed())?;
+        let keep_apart = Program::load("qmhp_apart", &keep_apart()).map_err(failed())?;
         match std::fs::create_dir(directory(root, &path)) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed()(error)),
             _ => {}
         }
         match root.open(&path) {
-            Ok(cgroup) => Ok(Scratch { root, cgroup, report }),
+            Ok(cgroup) => Ok(Scratch { root, cgroup, keep_apart }),
             Err(error) => {
                 let _ = std::fs::remove_dir(directory(root, &path));
                 Err(failed()(error))
@@ -47,7 +47,7 @@ impl<'a> Scratch<'a> {
     pub fn refuses(&self, program: &Program, node: BorrowedFd<'_>, access: Access) -> io::Result<bool> {
         let copy = program.copy()?;
         copy.attach(self.cgroup.as_fd())?;
-        let answer = self.report.attach(self.cgroup.as_fd()).and_then(|()| {
+        let answer = self.keep_apart.attach(self.cgroup.as_fd()).and_then(|()| {
             let question = Question {
                 label: &self.cgroup.path,
                 cgroup: &self.cgroup,
@@ -57,10 +57,10 @@ impl<'a> Scratch<'a> {
                 open: None,
             };
             let answer = ask(&question).map_err(|error| io::Error::other(error.chain()));
-            self.report.detach(self.cgroup.as_fd()).and(answer)
+            self.keep_apart.detach(self.cgroup.as_fd()).and(answer)
         });
         copy.detach(self.cgroup.as_fd())?;
-        Ok(answer?.filter == Some(REPORTED))
+        Ok(answer?.filter == Some(KEPT_APART))
     }
 }
 
