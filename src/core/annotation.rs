@@ -39,7 +39,7 @@ pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Ru
     let name = key.strip_prefix(PREFIX).filter(|_| key != AT_START)?;
     if let Some(name) = key.strip_prefix(HOTPLUG_PREFIX) {
         // A selector that cannot be read may have been one without which the container must not start.
-        let required = value.split(',').any(|item| item.trim() == "required");
+        let required = value.split([',', ';']).any(|item| item.trim() == "required");
         let rule = hotplug(name, value, categories).map(|selection| Rule::Selection(Arc::new(selection)));
         return Some(rule.map_err(|reason| Ignored { key: excerpt(key), reason, required }));
     }
@@ -173,6 +173,16 @@ mod tests {
         assert_eq!(found.len(), 1);
         let (found, _) = rules([asked[0], ("org.containers.qm.device.video", "true")], &Categories::default());
         assert_eq!(found.len(), 1, "categories have no commas");
+    }
+
+    #[test]
+    fn required_counts_in_a_selector_that_cannot_be_read() {
+        for (value, required) in
+            [("tape,required", true), ("tape; required ;tty", true), ("tape,as=/dev/required", false), ("tape", false)]
+        {
+            let rule = rule("org.containers.qm.hotplug.x", value, &Categories::default());
+            assert_eq!(rule.unwrap().unwrap_err().required, required, "{value}");
+        }
     }
 
     #[test]
