@@ -194,7 +194,7 @@ fn usage_works_as_written() {
     let listed = as_written("sudo qm-hotplug devices usb=10c4:ea60").ok();
     assert!(listed.contains("/dev/tty23") && !listed.contains("/dev/tty24"), "{listed}");
     let annotation = as_written("sudo qm-hotplug devices --annotation /dev/ttyUSB0").ok();
-    assert_eq!(annotation.trim(), "org.containers.qm.hotplug.tty22=subsystem=tty,devname=/dev/tty22");
+    assert_eq!(annotation.trim(), "org.containers.qm.hotplug.tty22=subsystem=tty;devname=/dev/tty22");
     as_written("sudo qm-hotplug attach app usb=10c4:ea60 --wait 10s").ok();
     assert!(app.opens("<>", "/dev/tty23"));
     run(BINARY, &["detach", "app", "/dev/tty23"]).ok();

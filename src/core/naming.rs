@@ -9,7 +9,8 @@ use crate::core::selector::quoted;
 
 /// A selector that means this device and none of the others, and goes on meaning it when it is plugged in again and has
 /// another number. Only where the device has nothing of its own (no serial number, no place) it goes by the node's name.
-/// The error says in words why containers cannot ask for it.
+/// The error says in words why containers cannot ask for it. Its terms are separated by `;`: podman before 4.4 cuts the
+/// value of `--annotation` at commas.
 pub fn selector_for(device: &Facts<'_>, others: &[Facts<'_>], categories: &Categories) -> Result<String, String> {
     let category = narrowest(device, categories);
     let mut text = category.map_or_else(|| term("subsystem", &device.device.subsystem), |it| it.name.clone());
@@ -27,12 +28,12 @@ pub fn selector_for(device: &Facts<'_>, others: &[Facts<'_>], categories: &Categ
     let mut is_own = false;
     while !is_own || !is_unique(&text)? {
         let Some((term, tells_apart)) = more.next() else { break };
-        text = format!("{text},{term}");
+        text = format!("{text};{term}");
         is_own = is_own || tells_apart;
     }
     match is_own && is_unique(&text)? {
         true => Ok(text),
-        false => Ok(format!("{text},{}", term("devname", &device.device.node))),
+        false => Ok(format!("{text};{}", term("devname", &device.device.node))),
     }
 }
 
@@ -99,7 +100,7 @@ mod tests {
     fn what_is_its_own_names_it() {
         let mut tree = bench();
         for (node, expected) in
-            [("/dev/ttyUSB1", "ttyUSB,usb=10c4:ea60,serial=A1B2"), ("/dev/hidraw0", "hidraw,usb=0627:0001,port=1-2")]
+            [("/dev/ttyUSB1", "ttyUSB;usb=10c4:ea60;serial=A1B2"), ("/dev/hidraw0", "hidraw;usb=0627:0001;port=1-2")]
         {
             assert_eq!(named(&tree, node).as_deref(), Ok(expected));
         }
@@ -107,13 +108,13 @@ mod tests {
         tree.files.insert(format!("{hub}/1-1.2/serial"), "A1B2".into());
         assert_eq!(
             named(&tree, "/dev/ttyUSB1").as_deref(),
-            Ok("ttyUSB,usb=10c4:ea60,serial=A1B2,attrs.bInterfaceNumber=00,port=1-1.1"),
+            Ok("ttyUSB;usb=10c4:ea60;serial=A1B2;attrs.bInterfaceNumber=00;port=1-1.1"),
             "two of one make with one serial number"
         );
         tree = tree.device("/devices/virtual/misc/tun", "misc", "/dev/net/tun", (10, 200));
         tree = tree.device("/devices/virtual/misc/x", "misc", "/dev/x,y*", (10, 201));
-        assert_eq!(named(&tree, "/dev/net/tun").as_deref(), Ok("tun,devname=/dev/net/tun"));
-        assert_eq!(named(&tree, "/dev/x,y*").as_deref(), Ok("subsystem=misc,devname=\"/dev/x,y\\*\""));
+        assert_eq!(named(&tree, "/dev/net/tun").as_deref(), Ok("tun;devname=/dev/net/tun"));
+        assert_eq!(named(&tree, "/dev/x,y*").as_deref(), Ok("subsystem=misc;devname=\"/dev/x,y\\*\""));
         assert!(named(&tree, "/dev/bus/usb/001/002").unwrap_err().contains("have to be enabled"));
     }
 
