@@ -6,18 +6,22 @@
 //! [`vm::Plugged`] and [`container::Container`] clean up on drop.
 
 mod agent;
+mod ask;
 mod channel;
 mod container;
 mod demo;
 mod enable;
 mod everything;
+mod gadget;
 mod hook;
 mod install;
 mod nested;
+mod options;
 mod plug;
 mod qmp;
 mod rootless;
 mod seat;
+mod select;
 mod smoke;
 mod survive;
 mod vm;
@@ -46,6 +50,9 @@ fn cases() -> impl Iterator<Item = Case> {
         hook::CASES,
         enable::CASES,
         seat::CASES,
+        select::CASES,
+        options::CASES,
+        ask::CASES,
         rootless::CASES,
     ]
     .concat()

@@ -210,9 +210,10 @@ impl Vm {
 
     /// Plugs a device in: a qemu driver such as `usb-serial`, `usb-audio`, `usb-kbd`, with its properties.
     ///
-    /// A `usb-serial` without a `chardev` gets one that swallows everything; to see the data, add a `ringbuf` chardev
-    /// with [`Vm::qmp`] and name it. It also needs `"always-plugged": true`, which is set here, and `"serial"` so that
-    /// two of them have different links in `/dev/serial/by-id`.
+    /// A serial device without a `chardev` gets one that swallows everything; to see the data, add a `ringbuf` chardev
+    /// with [`Vm::qmp`] and name it. A `usb-serial` also needs `"always-plugged": true`, which is set here, and `"serial"`
+    /// so that two of them have different links in `/dev/serial/by-id`. With `"port": "5"` the kernel names a USB device
+    /// `1-5`; one at port `6.2` needs a `usb-hub` at port 6, which has to be dropped after it.
     /// Returns at once: the guest sees the device a moment later.
     #[track_caller]
     pub(crate) fn plug(&self, id: &str, driver: &str, properties: Value) -> Plugged<'_> {
@@ -220,12 +221,18 @@ impl Vm {
         let mut chardev = None;
         if driver == "usb-serial" {
             arguments["always-plugged"] = true.into();
-            if arguments.get("chardev").is_none() {
-                let name = format!("{id}-chardev");
-                self.qmp("chardev-add", json!({ "id": name, "backend": { "type": "null", "data": {} } }));
-                arguments["chardev"] = name.as_str().into();
-                chardev = Some(name);
-            }
+        }
+        let backend = match driver {
+            "usb-serial" | "pci-serial" => Some(json!({ "type": "null", "data": {} })),
+            // This one is plugged in when something listens.
+            "usb-braille" => Some(json!({ "type": "ringbuf", "data": { "size": 1024 } })),
+            _ => None,
+        };
+        if let (Some(backend), None) = (backend, arguments.get("chardev")) {
+            let name = format!("{id}-chardev");
+            self.qmp("chardev-add", json!({ "id": name, "backend": backend }));
+            arguments["chardev"] = name.as_str().into();
+            chardev = Some(name);
         }
         arguments["driver"] = driver.into();
         arguments["id"] = id.into();
