@@ -6,7 +6,6 @@
 //! [`vm::Plugged`] and [`container::Container`] clean up on drop.
 
 mod agent;
-mod ask;
 mod channel;
 mod container;
 mod demo;
@@ -16,12 +15,13 @@ mod gadget;
 mod hook;
 mod install;
 mod nested;
-mod options;
 mod plug;
 mod qmp;
 mod rootless;
 mod seat;
 mod select;
+mod select_ask;
+mod select_options;
 mod smoke;
 mod survive;
 mod vm;
@@ -51,8 +51,8 @@ fn cases() -> impl Iterator<Item = Case> {
         enable::CASES,
         seat::CASES,
         select::CASES,
-        options::CASES,
-        ask::CASES,
+        select_options::CASES,
+        select_ask::CASES,
         rootless::CASES,
     ]
     .concat()

@@ -165,10 +165,10 @@ fn each_key_finds_its_device_whatever_its_number(vm: &Vm) {
     }
 
     drop((a1, b2, braille, others));
-    vm.ok("udevadm settle");
+    // The host has a /dev/ttyS1 still, for a port that it might have itself.
+    let nothing: Vec<(String, &str)> = pairs.into_iter().map(|(path, _)| (path, NOTHING)).collect();
     for container in [&before, &after] {
-        // But for the machine's own serial port, which has the number of the plugged in one.
-        assert_has(vm, container, &pairs, "after all was unplugged");
+        assert_has(vm, container, &nothing, "after all was unplugged");
         for opened in container.open_all_by_hand(&["c 188 0", "c 188 1", "c 188 2", "c 166 0", "c 81 0", "c 4 65"]) {
             assert_eq!(opened, "Operation not permitted", "{}", container.name);
         }

@@ -12,9 +12,9 @@ use crate::select::{NOTHING, asks, assert_has, stick};
 use crate::vm::{SECONDS_10, Vm};
 
 pub(crate) const CASES: &[Case] = &[
-    ("ask::one_container_at_a_time", one_container_at_a_time),
-    ("ask::a_start_that_needs_a_device", a_start_that_needs_a_device),
-    ("ask::by_command", by_command),
+    ("select_ask::one_container_at_a_time", one_container_at_a_time),
+    ("select_ask::a_start_that_needs_a_device", a_start_that_needs_a_device),
+    ("select_ask::by_command", by_command),
 ];
 
 const A1: &str = "/dev/serial/by-id/usb-QEMU_QEMU_USB_SERIAL_A1-if00-port0";
@@ -63,7 +63,7 @@ fn a_start_that_needs_a_device(vm: &Vm) {
     let _installed = Packaged::install(vm);
     let log = "/run/lab-needs.log";
     start(vm, &asks(vm, "needed", "usb=0403:6001:Z9,as=/dev/needed,required,wait=30s"), log);
-    vm.wait_ok("the hook", SECONDS_10, "pgrep -f 'qm-hotplug precreate'");
+    vm.wait_ok("the hook", SECONDS_10, "grep -ls [p]recreate /proc/[0-9]*/cmdline");
     let _z9 = stick(vm, "Z9", "5");
     let told = vm.wait_ok("the container's end", SECONDS_10, &format!("grep status {log} && cat {log}"));
     assert!(told.contains("opens") && told.contains("status 0"), "{told}");
@@ -88,7 +88,7 @@ fn by_command(vm: &Vm) {
     vm.ok(&format!(
         "(qm-hotplug attach told-crun usb=0403:6001:C3 /dev/told --wait 30s; echo status $?) >{log} 2>&1 &",
     ));
-    vm.wait_ok("attach to wait", SECONDS_10, "pgrep -f 'attach told-crun'");
+    vm.wait_ok("attach to wait", SECONDS_10, "grep -ls [a]ttach /proc/[0-9]*/cmdline");
     let _other = stick(vm, "D4", "6");
     assert_eq!(vm.ok(&format!("cat {log}")), "", "it waits for another one");
     let c3 = stick(vm, "C3", "5");

@@ -13,8 +13,8 @@ use crate::select::{NOTHING, asks, assert_has, stick};
 use crate::vm::{Plugged, Vm};
 
 pub(crate) const CASES: &[Case] = &[
-    ("options::sticks_by_name_link_and_owner", sticks_by_name_link_and_owner),
-    ("options::a_board_that_comes_back_as_another", a_board_that_comes_back_as_another),
+    ("select_options::sticks_by_name_link_and_owner", sticks_by_name_link_and_owner),
+    ("select_options::a_board_that_comes_back_as_another", a_board_that_comes_back_as_another),
 ];
 
 /// The stick that most is asked of.
