@@ -34,8 +34,8 @@ fn one_container_at_a_time(vm: &Vm) {
     let held = vm.wait_ok(
         "the journal to name the holder",
         SECONDS_10,
-        "journalctl --sync; journalctl -o cat SYSLOG_IDENTIFIER=qm-hotplug + _SYSTEMD_UNIT=qmh-agent.service | \
-         grep second-runc | grep first-crun",
+        "journalctl --sync; journalctl -o json SYSLOG_IDENTIFIER=qm-hotplug | grep second-runc | \
+         grep -o '\"MESSAGE\":\"[^\"]*container first-crun[^\"]*'",
     );
     eprintln!("    told: {held}");
     has(&second, NOTHING, "beside another");
@@ -72,7 +72,7 @@ fn a_start_that_needs_a_device(vm: &Vm) {
     let told = vm.wait_ok("the container's end", SECONDS_10, &format!("grep status {log} && cat {log}"));
     eprintln!("    told: {told}");
     assert!(!told.contains("opens") && !told.contains("status 0"), "{told}");
-    vm.ok("journalctl --sync; journalctl -o cat SYSLOG_IDENTIFIER=qm-hotplug | grep needs | grep serial=nobody");
+    vm.ok("journalctl --sync; journalctl -o json SYSLOG_IDENTIFIER=qm-hotplug | grep needs | grep serial=nobody");
 }
 
 fn by_command(vm: &Vm) {
@@ -114,15 +114,13 @@ fn by_command(vm: &Vm) {
 
     let listed = run("devices usb=0403:6001:[CD]? --json", 0);
     let listed: Value = serde_json::from_str(&listed.stdout).expect("JSON");
-    let nodes: Vec<&Value> = listed.as_array().expect("an array").iter().map(|device| &device["node"]).collect();
+    let nodes: Vec<&Value> = listed.as_array().expect("an array").iter().map(|device| &device["device"]).collect();
     assert_eq!(nodes, [&json!("/dev/ttyUSB0"), &json!("/dev/ttyUSB1")], "{listed}");
     run("devices serial=nobody", 0);
 
     let printed = run("devices --annotation /dev/ttyUSB1", 0).stdout;
     eprintln!("    printed: {printed}");
-    let (name, selector) = printed.trim().split_once('=').expect("a name and a selector");
-    let name = name.strip_prefix("org.containers.qm.hotplug.").expect("an annotation of ours");
-    let by_print = Container::run(vm, "runc", "printed-runc", &asks(vm, name, selector));
+    let by_print = Container::run(vm, "runc", "printed-runc", &format!("--annotation '{}'", printed.trim()));
     by_print.wait_for("/dev/ttyUSB1");
     assert_eq!(by_print.nodes(), nodes_of_host(vm, "/dev/ttyUSB1"));
 

@@ -35,8 +35,9 @@ use tempfile::TempDir;
 use crate::channel::{Channel, Output};
 use crate::qmp::Qmp;
 
-/// How long one command may take unless [`Vm::sh_within`] says otherwise: Podman starts a container in 3 to 10 s here.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long one command may take unless [`Vm::sh_within`] says otherwise: Podman starts a container in 3 to 10 s here,
+/// and in a minute when the host has much else to do.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(180);
 /// Until the agent in the guest answers; 25 s are usual on two free cores.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
 /// Between two looks at a fact that is awaited.
@@ -127,7 +128,7 @@ impl Vm {
         &self.console
     }
 
-    /// Runs a bash script as root in the guest, for at most a minute.
+    /// Runs a bash script as root in the guest, for at most three minutes.
     pub(crate) fn sh(&self, script: &str) -> Output {
         self.sh_within(COMMAND_TIMEOUT, script)
     }
