@@ -11,6 +11,7 @@ mod container;
 mod demo;
 mod enable;
 mod everything;
+mod gadget;
 mod hook;
 mod install;
 mod nested;
@@ -18,6 +19,9 @@ mod plug;
 mod qmp;
 mod rootless;
 mod seat;
+mod select;
+mod select_ask;
+mod select_options;
 mod smoke;
 mod survive;
 mod vm;
@@ -46,6 +50,9 @@ fn cases() -> impl Iterator<Item = Case> {
         hook::CASES,
         enable::CASES,
         seat::CASES,
+        select::CASES,
+        select_options::CASES,
+        select_ask::CASES,
         rootless::CASES,
     ]
     .concat()

@@ -10,7 +10,7 @@ use crate::container::{Container, RUNTIMES, node};
 use crate::vm::{Plugged, SECONDS_10, Vm};
 
 /// Loading drivers and their firmware tables for the first time takes long on an emulated machine.
-const FIRST_PLUG: Duration = Duration::from_secs(30);
+pub(crate) const FIRST_PLUG: Duration = Duration::from_secs(30);
 
 pub(crate) const CASES: &[Case] = &[
     ("plug::serial_sticks_reach_those_who_ask", serial_sticks_reach_those_who_ask),

@@ -35,8 +35,9 @@ use tempfile::TempDir;
 use crate::channel::{Channel, Output};
 use crate::qmp::Qmp;
 
-/// How long one command may take unless [`Vm::sh_within`] says otherwise: Podman starts a container in 3 to 10 s here.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long one command may take unless [`Vm::sh_within`] says otherwise: Podman starts a container in 3 to 10 s here,
+/// and in a minute when the host has much else to do.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(180);
 /// Until the agent in the guest answers; 25 s are usual on two free cores.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
 /// Between two looks at a fact that is awaited.
@@ -127,7 +128,7 @@ impl Vm {
         &self.console
     }
 
-    /// Runs a bash script as root in the guest, for at most a minute.
+    /// Runs a bash script as root in the guest, for at most three minutes.
     pub(crate) fn sh(&self, script: &str) -> Output {
         self.sh_within(COMMAND_TIMEOUT, script)
     }
@@ -210,9 +211,10 @@ impl Vm {
 
     /// Plugs a device in: a qemu driver such as `usb-serial`, `usb-audio`, `usb-kbd`, with its properties.
     ///
-    /// A `usb-serial` without a `chardev` gets one that swallows everything; to see the data, add a `ringbuf` chardev
-    /// with [`Vm::qmp`] and name it. It also needs `"always-plugged": true`, which is set here, and `"serial"` so that
-    /// two of them have different links in `/dev/serial/by-id`.
+    /// A serial device without a `chardev` gets one that swallows everything; to see the data, add a `ringbuf` chardev
+    /// with [`Vm::qmp`] and name it. A `usb-serial` also needs `"always-plugged": true`, which is set here, and `"serial"`
+    /// so that two of them have different links in `/dev/serial/by-id`. With `"port": "5"` the kernel names a USB device
+    /// `1-5`; one at port `6.2` needs a `usb-hub` at port 6, which has to be dropped after it.
     /// Returns at once: the guest sees the device a moment later.
     #[track_caller]
     pub(crate) fn plug(&self, id: &str, driver: &str, properties: Value) -> Plugged<'_> {
@@ -220,12 +222,18 @@ impl Vm {
         let mut chardev = None;
         if driver == "usb-serial" {
             arguments["always-plugged"] = true.into();
-            if arguments.get("chardev").is_none() {
-                let name = format!("{id}-chardev");
-                self.qmp("chardev-add", json!({ "id": name, "backend": { "type": "null", "data": {} } }));
-                arguments["chardev"] = name.as_str().into();
-                chardev = Some(name);
-            }
+        }
+        let backend = match driver {
+            "usb-serial" | "pci-serial" => Some(json!({ "type": "null", "data": {} })),
+            // This one is plugged in when something listens.
+            "usb-braille" => Some(json!({ "type": "ringbuf", "data": { "size": 1024 } })),
+            _ => None,
+        };
+        if let (Some(backend), None) = (backend, arguments.get("chardev")) {
+            let name = format!("{id}-chardev");
+            self.qmp("chardev-add", json!({ "id": name, "backend": backend }));
+            arguments["chardev"] = name.as_str().into();
+            chardev = Some(name);
         }
         arguments["driver"] = driver.into();
         arguments["id"] = id.into();
