@@ -52,6 +52,10 @@ fn attribute(path: &str) -> Option<String> {
     }
     let mut text = Vec::new();
     file.take(LONGEST).read_to_end(&mut text).ok()?;
+    // Descriptors and the like are no text.
+    if text.contains(&0) {
+        return None;
+    }
     Some(String::from_utf8_lossy(&text).trim_end().to_owned())
 }
 
@@ -88,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_root_alone_may_read_is_not_read() {
+    fn what_root_alone_may_read_and_what_is_no_text_is_not_read() {
         use std::os::unix::fs::PermissionsExt;
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("serial");
@@ -97,6 +101,9 @@ mod tests {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
             assert_eq!(attribute(path.to_str().unwrap()).as_deref(), expected, "{mode:o}");
         }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        fs::write(&path, b"\x12\x01\0\x02").unwrap();
+        assert_eq!(attribute(path.to_str().unwrap()), None);
         assert_eq!(attribute("/nonexistent"), None);
     }
 }
