@@ -11,7 +11,7 @@ source "$here/common.sh"
 # shellcheck source=scripts/rust.sh
 source "$here/rust.sh"
 
-targets=(spec annotation)
+targets=(selector spec annotation)
 
 # As cargo-fuzz has the compiler count: through LLVM's own pass, which needs no nightly as a sanitizer would.
 counters='--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4

@@ -36,8 +36,8 @@ pub(super) struct Known {
     pub(super) holder: Option<Holder>,
     /// The paths of the nodes that the hook has made for selectors.
     pub(super) at_start: Vec<String>,
-    /// Its `/etc/group`, once it was asked for.
-    groups: OnceCell<String>,
+    /// The groups of its `/etc/group`, once one was asked for. It is the container's to make that file long.
+    groups: OnceCell<HashMap<String, u32>>,
     /// Held so that its end is heard of.
     _init: Process,
     token: u64,
@@ -49,7 +49,7 @@ impl Known {
         let Some(holder) = &self.holder else { return };
         let group = |name: &str| {
             let read = || groups(&self.container, host).inspect_err(|error| tracing::warn!("{}", error.chain()));
-            Group::number_in(name, self.groups.get_or_init(|| read().unwrap_or_default()))
+            self.groups.get_or_init(|| Group::all_in(&read().unwrap_or_default())).get(name).copied()
         };
         let (rules, bounds) = (&self.rules, &self.bounds);
         let asking = Asking { holder, named: &self.container.devices, rules, bounds, group: &group };

@@ -77,14 +77,17 @@ pub enum Obstacle<'a> {
     TooMany,
 }
 
-/// How many selectors a container may ask with: each event has all of them looked at.
+/// How many selectors a container may ask with, and how long they may be together, in bytes: each event has all of them
+/// looked at.
 const MOST_SELECTORS: usize = 64;
+const MOST_BYTES: usize = 16 << 10;
 
-/// What stands in the way of a container's selectors, by the keys of its annotations.
-pub fn obstacle<'a>(keys: impl Iterator<Item = &'a str> + Clone) -> Option<Obstacle<'a>> {
-    let selectors = keys.clone().filter(|key| key.starts_with(HOTPLUG_PREFIX)).count();
-    let too_many = (selectors > MOST_SELECTORS).then_some(Obstacle::TooMany);
-    too_many.or_else(|| keys.into_iter().find(|key| is_key(key)).map(Obstacle::Cut))
+/// What stands in the way of a container's selectors, by the keys and values of its annotations.
+pub fn obstacle<'a>(annotations: impl Iterator<Item = (&'a str, &'a str)> + Clone) -> Option<Obstacle<'a>> {
+    let lengths = annotations.clone().filter(|(key, _)| key.starts_with(HOTPLUG_PREFIX)).map(|(_, value)| value.len());
+    let too_many = lengths.clone().count() > MOST_SELECTORS || lengths.sum::<usize>() > MOST_BYTES;
+    let cut = || annotations.map(|(key, _)| key).find(|key| is_key(key)).map(Obstacle::Cut);
+    too_many.then_some(Obstacle::TooMany).or_else(cut)
 }
 
 /// Whether that is what a term or an option has before its `=`.
@@ -104,7 +107,9 @@ pub fn whole(rule: Rule, key: &str, value: &str, obstacle: Option<Obstacle<'_>>)
         Obstacle::Cut(cut) => format!(
             "there is an annotation '{cut}', so podman has cut a selector at its commas: write ';' in their place, {key}={value};{cut}=…"
         ),
-        Obstacle::TooMany => format!("the container has more than {MOST_SELECTORS} annotations {HOTPLUG_PREFIX}NAME"),
+        Obstacle::TooMany => format!(
+            "the container has more than {MOST_SELECTORS} annotations {HOTPLUG_PREFIX}NAME, or more than {MOST_BYTES} bytes in them"
+        ),
     };
     let required = rule.selection().is_some_and(|selection| selection.options.required);
     Err(Ignored { key: excerpt(key), reason: excerpt(&reason), required })
@@ -126,7 +131,7 @@ pub fn rules<'a>(
 ) -> (Vec<Rule>, Vec<Ignored>) {
     let (mut rules, mut ignored) = (Vec::new(), Vec::new());
     let annotations: Vec<(&str, &str)> = annotations.into_iter().collect();
-    let obstacle = obstacle(annotations.iter().map(|(key, _)| *key));
+    let obstacle = obstacle(annotations.iter().copied());
     for (key, value) in annotations {
         let Some(found) = rule(key, value, categories) else { continue };
         match found.and_then(|rule| whole(rule, key, value, obstacle)) {
@@ -212,6 +217,9 @@ mod tests {
         let (found, ignored) = rules(asked(65).chain(video), &Categories::default());
         assert_eq!((found.len(), ignored.len()), (1, 65));
         assert!(ignored[0].reason.contains("more than 64"), "{ignored:?}");
+        let long = format!("serial={}{}", "x".repeat(250), ",tty".repeat(30));
+        let asked = keys[..48].iter().map(|key| (key.as_str(), long.as_str()));
+        assert!(long.len() * 48 > 16 << 10 && rules(asked, &Categories::default()).0.is_empty());
     }
 
     #[test]

@@ -29,6 +29,18 @@ impl Category {
         device.number.kind == self.kind && !is_forbidden(device.number) && self.contains_node(&device.node)
     }
 
+    /// Whether the device is in the category or another way to what is in it, as a disk's device for raw commands is.
+    pub fn reaches(&self, device: &Device) -> bool {
+        let by = |category: &str, subsystems: &[&str]| {
+            self.name == category && subsystems.contains(&device.subsystem.as_str())
+        };
+        self.contains(device)
+            || self.kind == Kind::Block && device.number.kind == Kind::Block
+            || by("block", &["scsi_generic", "bsg", "nvme", "nvme-generic", "mtd", "ubi"])
+            || by("usb", &["usbmon"])
+            || self.name == "uinput" && device.node == "/dev/uhid"
+    }
+
     /// Whether a node of that path would be in the category.
     pub fn contains_node(&self, node: &str) -> bool {
         self.patterns.iter().any(|pattern| pattern.matches(node))

@@ -136,6 +136,21 @@ fn what_has_to_be_enabled_is_not_meant() {
     assert!(by(&enabled, Author::Container).matches(&facts).is_some());
     assert!(by(&Categories::default(), Author::Container).matches(&facts).is_none());
     assert!(by(&Categories::default(), Author::Root).matches(&facts).is_some(), "root wrote it");
+    let raw = [
+        ("scsi_generic", "/dev/sg0", 21),
+        ("nvme-generic", "/dev/ng0n1", 240),
+        ("mtd", "/dev/mtd0", 90),
+        ("usbmon", "/dev/usbmon0", 241),
+        ("misc", "/dev/uhid", 10),
+    ];
+    for (subsystem, node, major) in raw {
+        let tree = bench().device("/devices/virtual/x", subsystem, node, (major, 0));
+        let facts = Facts::new(of_bench(&tree, node), &tree);
+        assert_eq!(read("devname=*").unwrap().matches(&facts), None, "{node}");
+        enabled.apply(&ConfigFile::parse("enable = ['usb', 'uinput', 'block']").unwrap()).unwrap();
+        let found = selection("x", "devname=*", &enabled, Author::Container).unwrap();
+        assert!(found.matches(&facts).is_some(), "{node}");
+    }
 }
 
 #[test]

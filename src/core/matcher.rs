@@ -128,23 +128,31 @@ struct Places<'a> {
     /// By cgroup and path inside.
     paths: HashMap<(u64, &'a str), &'a Grant>,
     devices: HashMap<&'a Identity, Vec<&'a Grant>>,
+    /// Those of them that want their device alone.
+    alone: HashMap<&'a Identity, Vec<&'a Grant>>,
 }
 
 impl<'a> Places<'a> {
     fn take(&mut self, grant: &'a Grant) {
         self.paths.entry((grant.holder.cgroup_id, &grant.node.path)).or_insert(grant);
-        let others = self.devices.entry(&grant.device.identity).or_default();
-        // One a container is enough, but for one that wants it alone.
-        if !others.iter().any(|other| other.holder.is_same_run(&grant.holder) && other.exclusive >= grant.exclusive) {
-            others.push(grant);
+        let note = |all: &mut HashMap<&'a Identity, Vec<&'a Grant>>| {
+            let others = all.entry(&grant.device.identity).or_default();
+            // One a container is enough; most come one after the other.
+            if !others.iter().rev().any(|other| other.holder.is_same_run(&grant.holder)) {
+                others.push(grant);
+            }
+        };
+        note(&mut self.devices);
+        if grant.exclusive {
+            note(&mut self.alone);
         }
     }
 
     fn in_the_way_of(&self, grant: &Grant) -> Option<&'a Grant> {
         let at_path = self.paths.get(&(grant.holder.cgroup_id, grant.node.path.as_str()));
-        let of_others = self.devices.get(&grant.device.identity).into_iter().flatten();
-        let mut alone =
-            of_others.filter(|other| !other.holder.is_same_run(&grant.holder) && (other.exclusive || grant.exclusive));
+        let in_question = if grant.exclusive { &self.devices } else { &self.alone };
+        let of_device = in_question.get(&grant.device.identity).into_iter().flatten();
+        let mut alone = of_device.filter(|other| !other.holder.is_same_run(&grant.holder));
         at_path.filter(|other| other.device.identity != grant.device.identity).or_else(|| alone.next()).copied()
     }
 

@@ -3,6 +3,8 @@
 //! A change is one grant or one revocation, carried out whole or not at all. Its steps are computed from the ledger as
 //! it is when its turn comes, because a change before it may have failed.
 
+use std::collections::{HashMap, HashSet};
+
 use crate::core::device::{Access, Number};
 use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement};
 
@@ -75,24 +77,24 @@ impl Step {
 /// `unplugged` says whether the device of an entry is gone.
 pub fn changes(desired: &[Grant], observed: &[Entry], unplugged: impl Fn(&Entry) -> bool) -> Vec<Change> {
     let settled = |entry: &Entry| entry.placement != Placement::Pending && entry.left_over.is_none();
-    let mut kept: Vec<&Grant> = Vec::new();
-    let mut changes = Vec::new();
+    let place = |grant: &Grant| {
+        let Holder { id, pid, start_time, .. } = &grant.holder;
+        (id.clone(), *pid, *start_time, grant.node.path.clone())
+    };
+    let mut wanted: HashMap<_, Vec<&Grant>> = HashMap::new();
+    desired.iter().for_each(|grant| wanted.entry(place(grant)).or_default().push(grant));
+    let (mut kept, mut changes) = (HashSet::new(), Vec::new());
     for entry in observed {
         // A rule's node follows the host's owner and mode, which udev's rules may set late.
         let fits = |grant: &&Grant| grant.is_same(&entry.grant) && grant.node == entry.grant.node;
-        if settled(entry) && desired.iter().any(|grant| fits(&grant)) {
-            kept.push(&entry.grant);
+        let place = place(&entry.grant);
+        if settled(entry) && wanted.get(&place).is_some_and(|all| all.iter().any(|grant| fits(grant))) {
+            kept.insert(place);
         } else {
             changes.push(Change::Remove { entry: entry.clone(), unplugged: unplugged(entry) });
         }
     }
-    for grant in desired {
-        let taken = |other: &&Grant| other.holder.is_same_run(&grant.holder) && other.node.path == grant.node.path;
-        if !kept.iter().any(taken) {
-            kept.push(grant);
-            changes.push(Change::Add(grant.clone()));
-        }
-    }
+    changes.extend(desired.iter().filter(|grant| kept.insert(place(grant))).cloned().map(Change::Add));
     changes
 }
 

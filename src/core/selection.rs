@@ -12,6 +12,7 @@
 //!          / "children"          ; also the tty, hidraw, sound and input nodes of the same USB device
 //! ```
 
+use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -71,12 +72,16 @@ pub enum Group {
 }
 
 impl Group {
-    /// Its number, by the text of the container's `/etc/group` (group(5)).
-    pub fn number_in(name: &str, text: &str) -> Option<u32> {
-        text.lines().find_map(|line| {
+    /// Numbers by name, from the text of the container's `/etc/group` (group(5)). The first of a name counts.
+    pub fn all_in(text: &str) -> HashMap<String, u32> {
+        let mut all = HashMap::new();
+        for line in text.lines() {
             let mut fields = line.split(':');
-            (fields.next() == Some(name)).then(|| fields.nth(1)?.trim().parse().ok()).flatten()
-        })
+            if let (Some(name), Some(Ok(number))) = (fields.next(), fields.nth(1).map(|text| text.trim().parse())) {
+                all.entry(name.to_owned()).or_insert(number);
+            }
+        }
+        all
     }
 }
 

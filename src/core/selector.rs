@@ -18,7 +18,6 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::core::category::{Category, is_forbidden};
-use crate::core::device::Kind;
 use crate::core::facts::Facts;
 use crate::core::glob::Glob;
 use crate::core::grammar::FLAGS;
@@ -112,10 +111,7 @@ impl Selector {
     /// Whether it is a device that no selector of this container means, whatever its terms.
     pub fn is_withheld(&self, facts: &Facts<'_>) -> bool {
         let device = facts.device;
-        let is_of = |category: &Arc<Category>| {
-            category.contains(device) || category.kind == Kind::Block && device.number.kind == Kind::Block
-        };
-        is_forbidden(device.number) || self.withheld.iter().any(is_of)
+        is_forbidden(device.number) || self.withheld.iter().any(|category| category.reaches(device))
     }
 
     /// The first term that does not match, or in words why none counts.

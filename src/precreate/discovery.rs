@@ -1,11 +1,11 @@
 //! The devices that a rule stands for when a container starts.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 
 use rustix::fs::{Access, access};
 
-use crate::core::device::{Device, Kind, Number};
+use crate::core::device::{Device, Identity, Kind, Number};
 use crate::core::facts::Facts;
 use crate::core::ledger::Entry;
 use crate::core::policy::Bounds;
@@ -78,7 +78,7 @@ impl Discovery for Host {
         let (held, mut taken) = (held(), request.taken.clone());
         for (nodes, device) in wanted {
             let on_host = device.as_ref().map_or_else(|| nodes[0].path.clone(), |device| device.node.clone());
-            let device = device.or_else(|| udev::by_path(&on_host).ok().filter(|_| needs_facts(rule, request, &held)));
+            let device = device.or_else(|| needs_facts(rule, request, &held).then(|| described(&on_host, &nodes[0])));
             let facts = device.as_ref().map(|device| Facts::new(device, &sysfs));
             let refused = || request.bounds.refusal(facts.as_ref()?).filter(|_| rule.is_bounded());
             let held = || holder(device.as_ref()?, &held, rule.is_exclusive());
@@ -133,10 +133,28 @@ fn gid(selection: &Selection, root: Option<&str>) -> Result<Option<u32>, String>
         Some(Group::Name(name)) => {
             let root = root.ok_or("where its root directory is is not known")?;
             let text = group::read_below(root).map_err(|error| format!("its /etc/group cannot be read: {error}"))?;
-            let gid = Group::number_in(name, &text).ok_or_else(|| format!("its /etc/group has no group '{name}'"))?;
+            let gid = Group::all_in(&text)
+                .get(name)
+                .copied()
+                .ok_or_else(|| format!("its /etc/group has no group '{name}'"))?;
             Ok(Some(gid))
         }
     }
+}
+
+/// What is known of the device behind a node, and that is only the node while its driver is not loaded: a policy counts
+/// for that, too.
+pub(super) fn described(on_host: &str, node: &SpecDevice) -> Device {
+    udev::by_path(on_host).unwrap_or_else(|_| Device {
+        number: node.number,
+        identity: Identity { devpath: String::new(), inode: 0, diskseq: None },
+        node: on_host.to_owned(),
+        subsystem: String::new(),
+        uid: node.uid,
+        gid: node.gid,
+        mode: node.mode,
+        properties: BTreeMap::new(),
+    })
 }
 
 fn needs_facts(rule: &Rule, request: &Request<'_>, held: &[Entry]) -> bool {

@@ -137,7 +137,8 @@ fn edit(
         None if of(&DEVICE_MANAGER).is_empty() => vec![&WAYLAND_CLIENT],
         None => vec![&DEVICE_MANAGER, &WAYLAND_CLIENT],
     };
-    let obstacle = obstacle(annotations.iter().map(|(key, _)| key.as_str()));
+    let obstacle =
+        obstacle(annotations.iter().map(|(key, value)| (key.as_str(), value.as_deref().unwrap_or_default())));
     let mut changed = false;
     for hook in hooks {
         let mut asked = of(hook);

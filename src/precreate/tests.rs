@@ -184,3 +184,32 @@ fn all_that_is_waited_for_is_waited_for_at_once() {
     let took = start.elapsed().as_millis();
     assert!((400..800).contains(&took), "{took} ms");
 }
+
+#[test]
+fn a_policy_counts_for_nodes_whose_driver_is_not_loaded() {
+    use crate::core::facts::Facts;
+    use crate::core::policy::Subject;
+    use crate::core::settings::Settings;
+    use crate::sys::sysfs::KernelSysfs;
+    let node = SpecDevice {
+        path: "/dev/net/tun".into(),
+        number: Number { kind: Kind::Char, major: 10, minor: 200 },
+        mode: 0o666,
+        uid: 0,
+        gid: 0,
+        access: Access::ALL,
+    };
+    // No node of this host, so nothing but the node is known.
+    let (device, sysfs) = (discovery::described("/nonexistent/net/tun", &node), KernelSysfs::default());
+    for (file, allowed) in [
+        ("require-policy = true", false),
+        ("require-policy = true\n[[policy]]\nallow = ['devname=/nonexistent/net/*']", true),
+        ("[[policy]]\nallow = ['ttyUSB']", false),
+        ("[[policy]]\ndeny = ['devname=*/tun']", false),
+        ("[[policy]]\ndeny = ['ttyUSB']", true),
+    ] {
+        let (settings, _) = Settings::read(&[("/etc/0.toml".into(), Ok(file.into()))]);
+        let refusal = settings.policies.bounds(&Subject::default()).refusal(&Facts::new(&device, &sysfs));
+        assert_eq!(refusal.is_none(), allowed, "{file}: {refusal:?}");
+    }
+}

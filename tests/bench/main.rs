@@ -1,7 +1,7 @@
 //! The figures: how long each part of the main job takes on this kernel, beside what people do today.
 //!
-//! `cargo bench --bench figures` as root prints them; `-- filter`, `-- hook`, `-- commands` or `-- events` prints
-//! that part alone.
+//! `cargo bench --bench figures` as root prints them; `-- filter`, `-- hook`, `-- selectors`, `-- commands` or
+//! `-- events` prints that part alone.
 //! Nothing is asserted: a machine's speed is no fact about the program.
 
 #[path = "../support/mod.rs"]
@@ -11,6 +11,7 @@ mod figure;
 mod filter;
 mod hook;
 mod probe;
+mod selectors;
 
 use std::time::{Duration, Instant};
 
@@ -36,8 +37,13 @@ fn main() {
     }
     support::enter();
     Figure::print_header();
-    let parts: [(&str, Part); 4] =
-        [("filter", filter::figures), ("hook", hook::figures), ("commands", commands), ("events", events)];
+    let parts: [(&str, Part); 5] = [
+        ("filter", filter::figures),
+        ("hook", hook::figures),
+        ("selectors", selectors::figures),
+        ("commands", commands),
+        ("events", events),
+    ];
     let named = |name: &str| arguments.iter().any(|argument| argument == name);
     let is_all = !parts.iter().any(|(name, _)| named(name));
     for (_, figures) in parts.iter().filter(|(name, _)| is_all || named(name)) {

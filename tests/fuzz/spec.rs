@@ -1,10 +1,10 @@
-//! Any bytes as the hook's config.json: it edits the devices and nothing else, or refuses and writes nothing.
+//! Any bytes as the hook's config.json: it edits the devices and notes some for the agent, or refuses and writes nothing.
 #![no_main]
 
 use std::io;
 
 use libfuzzer_sys::fuzz_target;
-use qm_hotplug::core::annotation::AT_START;
+use qm_hotplug::core::annotation::{AT_START, HOTPLUG_PREFIX};
 use qm_hotplug::core::device::{Access, Kind, Number};
 use qm_hotplug::core::rule::Rule;
 use qm_hotplug::core::spec::SpecDevice;
@@ -55,7 +55,13 @@ fn hook(as_whom: Option<&'static Hook>, mut input: &[u8]) -> Result<Vec<u8>, ()>
 
 fn assert_only_devices_differ(before: &Value, after: &Value) {
     // As text, for the order of the keys counts as well.
-    assert_eq!(without_devices(before).to_string(), without_devices(after).to_string());
+    assert_eq!(without_ours(before).to_string(), without_ours(after).to_string());
+    if after["annotations"][AT_START] != before["annotations"][AT_START] {
+        let annotations = before["annotations"].as_object().unwrap();
+        assert!(annotations.keys().any(|key| key.starts_with(HOTPLUG_PREFIX)), "{annotations:?}");
+        let noted: Vec<String> = serde_json::from_str(after["annotations"][AT_START].as_str().unwrap()).unwrap();
+        assert!(!noted.is_empty() && noted.iter().all(|path| STICKS.iter().any(|stick| stick.0 == path)), "{noted:?}");
+    }
     let (old, new) = (list(before, "/linux/resources/devices"), list(after, "/linux/resources/devices"));
     assert!(new.starts_with(old), "the rules that were there come first and unchanged");
     for rule in &new[old.len()..] {
@@ -95,9 +101,12 @@ fn without_numbers(node: &Value) -> Value {
     Value::Object(node)
 }
 
-/// The document with neither nodes nor rules, nor what holds nothing but them.
-fn without_devices(spec: &Value) -> Value {
+/// The document with neither nodes nor rules, nor what holds nothing but them, nor what the hook notes for the agent.
+fn without_ours(spec: &Value) -> Value {
     let mut spec = spec.clone();
+    if let Some(annotations) = spec.get_mut("annotations").and_then(Value::as_object_mut) {
+        annotations.shift_remove(AT_START);
+    }
     let mut linux = spec.get("linux").and_then(Value::as_object).cloned().unwrap_or_default();
     let mut resources = linux.get("resources").and_then(Value::as_object).cloned().unwrap_or_default();
     resources.shift_remove("devices");
