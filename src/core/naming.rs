@@ -135,7 +135,7 @@ mod tests {
         assert_eq!(suggested(&categories, "/dev/bus/usb/001/002"), None);
         assert_eq!(
             suggested(&categories, "/dev/robot1").as_deref(),
-            Some("org.containers.qm.hotplug.robot1=subsystem=tty,devname=/dev/robot1")
+            Some("org.containers.qm.hotplug.robot1=subsystem=tty;devname=/dev/robot1")
         );
         let text = "enable = ['usb']\n[category.robot]\nnodes = ['/dev/robot#']";
         categories.apply(&ConfigFile::parse(text).unwrap()).unwrap();
