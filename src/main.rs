@@ -14,30 +14,37 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 fn main() -> ExitCode {
-    match start() {
+    let mut in_journal = false;
+    match start(&mut in_journal) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("qm-hotplug: {}", printable(&format!("{error:#}")));
+            let text = printable(&format!("{error:#}"));
+            // Podman throws away what a precreate hook writes to stderr, also when that fails.
+            if in_journal {
+                tracing::error!("{text}");
+            }
+            eprintln!("qm-hotplug: {text}");
             ExitCode::from(error.downcast_ref::<Error>().map_or(1, Error::exit_code))
         }
     }
 }
 
-fn start() -> anyhow::Result<()> {
+/// Says before all else whether what is logged goes to the journal.
+fn start(in_journal: &mut bool) -> anyhow::Result<()> {
     if let Some(hook) = std::env::args().next().and_then(|program| Hook::called_as(&program)) {
-        start_logging(true, true).context("cannot set up logging")?;
+        *in_journal = start_logging(true, true).context("cannot set up logging")?;
         return Ok(precreate(Some(hook))?);
     }
     let cli = Cli::parse();
     let (is_agent, is_hook) = (matches!(cli.command, Command::Agent(_)), matches!(cli.command, Command::Precreate));
-    // An engine throws away what its hook writes to stderr, unless the hook fails.
-    start_logging(is_agent || is_hook, is_hook || is_agent && stderr_is_the_journal())
+    // An engine throws away what its hook writes to stderr.
+    *in_journal = start_logging(is_agent || is_hook, is_hook || is_agent && stderr_is_the_journal())
         .context("cannot set up logging")?;
     Ok(run(cli)?)
 }
 
-/// To the journal, where that is to be and it is there, else to stderr. `QM_HOTPLUG_LOG` sets the level.
-fn start_logging(is_service: bool, to_journal: bool) -> anyhow::Result<()> {
+/// To the journal, where that is to be and it is there, else to stderr; says which. `QM_HOTPLUG_LOG` sets the level.
+fn start_logging(is_service: bool, to_journal: bool) -> anyhow::Result<bool> {
     let journal = if to_journal { tracing_journald::layer().ok() } else { None };
     let is_heard = is_service && (journal.is_some() || !to_journal);
     let usual = || Targets::new().with_default(if is_heard { LevelFilter::INFO } else { LevelFilter::WARN });
@@ -45,10 +52,12 @@ fn start_logging(is_service: bool, to_journal: bool) -> anyhow::Result<()> {
     let filter = set.unwrap_or_else(usual);
     let registry = tracing_subscriber::registry().with(filter);
     if let Some(journal) = journal {
-        return Ok(registry.with(journal.with_syslog_identifier("qm-hotplug".into())).try_init()?);
+        registry.with(journal.with_syslog_identifier("qm-hotplug".into())).try_init()?;
+        return Ok(true);
     }
     let plain = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
-    Ok(registry.with(plain.with_ansi(std::io::stderr().is_terminal())).try_init()?)
+    registry.with(plain.with_ansi(std::io::stderr().is_terminal())).try_init()?;
+    Ok(false)
 }
 
 /// Whether stderr is what systemd connected to the journal: the variable is inherited by children whose stderr is not.

@@ -88,7 +88,7 @@ pub fn changes(desired: &[Grant], observed: &[Entry], unplugged: impl Fn(&Entry)
         // A rule's node follows the host's owner and mode, which udev's rules may set late.
         let fits = |grant: &&Grant| grant.is_same(&entry.grant) && grant.node == entry.grant.node;
         let place = place(&entry.grant);
-        if settled(entry) && wanted.get(&place).is_some_and(|all| all.iter().any(|grant| fits(grant))) {
+        if settled(entry) && wanted.get(&place).is_some_and(|all| all.iter().any(fits)) {
             kept.insert(place);
         } else {
             changes.push(Change::Remove { entry: entry.clone(), unplugged: unplugged(entry) });

@@ -133,7 +133,7 @@ fn subject(target: &Target) -> Subject {
 }
 
 fn asks(container: &Container, settings: &Settings) -> Vec<Ask> {
-    let obstacle = obstacle(container.annotations.keys().map(String::as_str));
+    let obstacle = obstacle(container.annotations.iter().map(|(key, value)| (key.as_str(), value.as_str())));
     let ask = |(key, value): (&str, &str)| {
         let found = rule(key, value, &settings.categories)?.and_then(|rule| whole(rule, key, value, obstacle));
         Some(match found {

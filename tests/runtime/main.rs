@@ -13,10 +13,12 @@ mod host_dev;
 mod hotplug;
 mod monitor;
 mod plug;
+mod policy;
 mod precreate;
 mod refusals;
 mod refused_containers;
 mod refused_destinations;
+mod selectors;
 mod state;
 mod updates;
 mod verify;
@@ -54,6 +56,8 @@ fn main() {
         refused_destinations::CASES,
         refused_containers::CASES,
         verify::CASES,
+        selectors::CASES,
+        policy::CASES,
     ];
     let each = |(name, case): &Case| {
         let case = *case;
@@ -61,7 +65,9 @@ fn main() {
     };
     let mut trials: Vec<Trial> = cases.into_iter().flatten().flat_map(each).collect();
     for (name, case) in
-        [agent_socket::ONCE, monitor::ONCE, refusals::ONCE, refused_containers::ONCE].into_iter().flatten()
+        [agent_socket::ONCE, monitor::ONCE, refusals::ONCE, refused_containers::ONCE, selectors::ONCE, policy::ONCE]
+            .into_iter()
+            .flatten()
     {
         trials.push(trial((*name).to_owned(), case));
     }
@@ -97,6 +103,7 @@ fn trial(name: String, case: impl Fn() + Send + 'static) -> Trial {
 fn clean() {
     podman::remove_all();
     plug::remove_links();
+    support::unconfigure();
     support::release();
     support::assert_nothing_left();
     assert_eq!(state::ledger(), Default::default(), "the ledger is empty");

@@ -31,7 +31,7 @@ pub(crate) struct Plugged {
 enum How {
     Loop(libc::c_ulong),
     Console(libc::c_ulong),
-    Tap,
+    Tap(&'static str),
 }
 
 /// Adds `/dev/loopN`, a block device.
@@ -50,7 +50,12 @@ pub(crate) fn console(number: u32) -> Plugged {
 
 /// Adds a veth pair with a macvtap on it, whose char device is `/dev/tapN`.
 pub(crate) fn tap() -> Plugged {
-    let mut device = Plugged { path: String::new(), how: How::Tap };
+    tap_with("02:00:00:00:00:01")
+}
+
+/// The same with this address, its `attrs.address`.
+pub(crate) fn tap_with(address: &'static str) -> Plugged {
+    let mut device = Plugged { path: String::new(), how: How::Tap(address) };
     device.again();
     let index = std::fs::read_to_string("/sys/class/net/qmhtap/ifindex").unwrap();
     device.path = format!("/dev/tap{}", index.trim());
@@ -69,9 +74,10 @@ impl Plugged {
         match self.how {
             How::Loop(number) => control("/dev/loop-control", LOOP_CTL_ADD, number).unwrap(),
             How::Console(number) => drop(open(&format!("/dev/tty{number}"))),
-            How::Tap => {
+            How::Tap(address) => {
                 run("ip", &["link", "add", "qmhveth0", "type", "veth", "peer", "name", "qmhveth1"]).ok();
-                run("ip", &["link", "add", "link", "qmhveth0", "name", "qmhtap", "type", "macvtap"]).ok();
+                let named = ["link", "add", "link", "qmhveth0", "name", "qmhtap", "address", address];
+                run("ip", &[&named[..], &["type", "macvtap"]].concat()).ok();
             }
         }
         if !self.path.is_empty() {
@@ -92,7 +98,7 @@ impl Plugged {
             // EBUSY while somebody has it open.
             How::Loop(number) => drop(control("/dev/loop-control", LOOP_CTL_REMOVE, number)),
             How::Console(number) => drop(control("/dev/tty0", VT_DISALLOCATE, number)),
-            How::Tap => drop(run("ip", &["link", "del", "qmhveth0"])),
+            How::Tap(_) => drop(run("ip", &["link", "del", "qmhveth0"])),
         }
     }
 

@@ -24,8 +24,8 @@ pub(crate) const CASES: &[Case] = &[
 
 const ASKS: [&str; 2] = ["--annotation", "org.containers.qm.device.ttys=true"];
 
-/// Starts a container with a hooks directory of ours. The hook is called for every container.
-fn start(runtime: &str, name: &str, options: &[&str]) -> Container {
+/// A hooks directory of ours. The hook is called for every container.
+pub(crate) fn hooks() -> String {
     let hooks = place().join("hooks");
     std::fs::create_dir_all(&hooks).unwrap();
     let hook = serde_json::json!({
@@ -35,7 +35,12 @@ fn start(runtime: &str, name: &str, options: &[&str]) -> Container {
         "stages": ["precreate"],
     });
     std::fs::write(hooks.join("qm-hotplug.json"), hook.to_string()).unwrap();
-    Container::start_under(&["--hooks-dir", hooks.to_str().unwrap()], runtime, name, options, &["sleep", "1000"])
+    hooks.display().to_string()
+}
+
+/// Starts a container with that directory.
+pub(crate) fn start(runtime: &str, name: &str, options: &[&str]) -> Container {
+    Container::start_under(&["--hooks-dir", &hooks()], runtime, name, options, &["sleep", "1000"])
 }
 
 /// Asserts that all eight nodes are there with the host's numbers, owner and mode, and that they open.

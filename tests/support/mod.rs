@@ -9,15 +9,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{FlockOperation, flock};
 
 /// The binary under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_qm-hotplug");
 
-/// Moves this process into a mount namespace of its own: cgroup2 on /sys/fs/cgroup also where the host is hybrid, and
-/// an empty /run/qm-hotplug and /var/log. Call it first in `main`, while there is one thread.
+/// Moves this process into a mount namespace of its own: cgroup2 on /sys/fs/cgroup also where the host is hybrid, an
+/// empty /run/qm-hotplug and /var/log, and an /etc of its own without configuration of ours. Call it first in `main`,
+/// while there is one thread.
 ///
 /// The device filter is one for the whole kernel, so only one such test program runs at a time.
 pub fn enter() {
@@ -41,6 +42,27 @@ pub fn enter() {
     fresh_run_directory();
     // The hook's log is the host's too.
     mount(Some("none"), "/var/log", Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    // What is written to /etc goes to a tmpfs, which stays when its mount goes.
+    mount(Some("none"), "/mnt", Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    ["/mnt/upper", "/mnt/work"].iter().for_each(|directory| std::fs::create_dir(directory).unwrap());
+    let layers = Some("lowerdir=/etc,upperdir=/mnt/upper,workdir=/mnt/work");
+    mount(Some("none"), "/etc", Some("overlay"), MsFlags::empty(), layers).unwrap();
+    umount2("/mnt", MntFlags::MNT_DETACH).unwrap();
+    unconfigure();
+}
+
+/// The file that [`configure`] writes.
+pub const CONFIGURATION: &str = "/etc/qm-hotplug/config.d/50-test.toml";
+
+/// Writes the host's only file of configuration, in this mount namespace.
+pub fn configure(text: &str) {
+    std::fs::create_dir_all(Path::new(CONFIGURATION).parent().unwrap()).unwrap();
+    std::fs::write(CONFIGURATION, text).unwrap();
+}
+
+/// Removes all configuration.
+pub fn unconfigure() {
+    let _ = std::fs::remove_dir_all("/etc/qm-hotplug");
 }
 
 /// An empty /run/qm-hotplug, on a tmpfs as on a real host.
@@ -138,6 +160,12 @@ impl Agent {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Has it read its configuration again.
+    pub fn reload(&self) {
+        let pid = rustix::process::Pid::from_raw(self.pid() as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
     }
 
     /// All that agents of this test program have logged.

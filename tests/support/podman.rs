@@ -116,17 +116,32 @@ impl Container {
 
     /// Starts a container with options for podman itself, those that come before `run`.
     pub fn start_under(global: &[&str], runtime: &str, name: &str, options: &[&str], command: &[&str]) -> Container {
-        let rootfs = place().join("rootfs");
-        let mut args = global.to_vec();
-        args.extend(["--runtime", runtime, "run", "-d", "--name", name, "--network", "none"]);
-        args.extend(MODEST);
-        args.extend(options);
         // An overlay of the shared directory: containers do not see each other's files.
-        let rootfs = format!("{}:O", rootfs.display());
-        args.extend(["--rootfs", &rootfs]);
-        args.extend(command);
-        let id = podman(&args).ok().trim().to_owned();
-        Container { runtime: runtime.to_owned(), name: name.to_owned(), id }
+        let rootfs = format!("{}:O", place().join("rootfs").display());
+        Container::try_start(global, runtime, name, options, &["--rootfs", &rootfs], command)
+            .unwrap_or_else(|said| panic!("{said:?}"))
+    }
+
+    /// Starts a container from `root`, an image or `--rootfs` with a directory. The error is what podman said.
+    pub fn try_start(
+        global: &[&str],
+        runtime: &str,
+        name: &str,
+        options: &[&str],
+        root: &[&str],
+        command: &[&str],
+    ) -> Result<Container, Said> {
+        let run = ["--runtime", runtime, "run", "-d", "--name", name, "--network", "none"];
+        let said = podman(&[global, &run, &MODEST, options, root, command].concat());
+        let container = |id: &str| Container { runtime: runtime.to_owned(), name: name.to_owned(), id: id.to_owned() };
+        if said.code == 0 { Ok(container(said.stdout.trim())) } else { Err(said) }
+    }
+
+    /// Makes an image of the root file system.
+    pub fn make_image(name: &str) {
+        let archive = place().join("rootfs.tar");
+        run("tar", &["-C", place().join("rootfs").to_str().unwrap(), "-cf", archive.to_str().unwrap(), "."]).ok();
+        podman(&["import", "-q", archive.to_str().unwrap(), name]).ok();
     }
 
     /// Runs a command inside.

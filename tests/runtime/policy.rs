@@ -1,0 +1,2 @@
+pub(crate) const CASES: &[crate::Case] = &[];
+pub(crate) const ONCE: &[crate::CaseOnce] = &[];
