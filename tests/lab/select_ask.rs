@@ -1,5 +1,7 @@
 //! A device for one container at a time, devices that a start needs, and selectors on the command line.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use crate::Case;
@@ -16,6 +18,9 @@ pub(crate) const CASES: &[Case] = &[
     ("select_ask::a_start_that_needs_a_device", a_start_that_needs_a_device),
     ("select_ask::by_command", by_command),
 ];
+
+/// How long Podman may take to start a container and to remove it, when the host has much else to do.
+const A_START: Duration = Duration::from_secs(60);
 
 const A1: &str = "/dev/serial/by-id/usb-QEMU_QEMU_USB_SERIAL_A1-if00-port0";
 
@@ -65,11 +70,11 @@ fn a_start_that_needs_a_device(vm: &Vm) {
     start(vm, &asks(vm, "needed", "usb=0403:6001:Z9,as=/dev/needed,required,wait=30s"), log);
     vm.wait_ok("the hook", SECONDS_10, "grep -ls [p]recreate /proc/[0-9]*/cmdline");
     let _z9 = stick(vm, "Z9", "5");
-    let told = vm.wait_ok("the container's end", SECONDS_10, &format!("grep status {log} && cat {log}"));
+    let told = vm.wait_ok("the container's end", A_START, &format!("grep status {log} && cat {log}"));
     assert!(told.contains("opens") && told.contains("status 0"), "{told}");
 
     start(vm, &asks(vm, "needed", "serial=nobody,as=/dev/needed,required,wait=1s"), log);
-    let told = vm.wait_ok("the container's end", SECONDS_10, &format!("grep status {log} && cat {log}"));
+    let told = vm.wait_ok("the container's end", A_START, &format!("grep status {log} && cat {log}"));
     eprintln!("    told: {told}");
     assert!(!told.contains("opens") && !told.contains("status 0"), "{told}");
     vm.ok("journalctl --sync; journalctl -o json SYSLOG_IDENTIFIER=qm-hotplug | grep needs | grep serial=nobody");

@@ -57,6 +57,12 @@ fn sticks_by_name_link_and_owner(vm: &Vm) {
     agent.restart();
     assert_has(vm, &containers[0], &both, "after a restart of the agent");
 
+    a1.unplug();
+    assert_has(vm, &containers[0], &pairs(B2, NOTHING, NOTHING, NOTHING, NOTHING), "when the second was gone");
+    let left = vm.ok(&containers[0].outside("busybox find /dev/app /dev/by /dev/serial /dev/z2 2>&1; true"));
+    assert!(!left.lines().any(|line| line.starts_with("/dev")), "left over: {left}");
+    let a1 = stick(vm, "A1", "5");
+
     Container::restart_all(vm, &mut containers);
     let container = &containers[0];
     assert_has(vm, container, &pairs(A1, A1, A1, NOTHING, NOTHING), "after a restart of the container");
@@ -71,7 +77,7 @@ fn sticks_by_name_link_and_owner(vm: &Vm) {
 
     a1.unplug();
     assert_has(vm, container, &pairs(B2, NOTHING, NOTHING, "/dev/ttyUSB10", PORT_06), "when the first was gone");
-    let left = vm.ok(&container.outside("busybox find /dev/app /dev/by /dev/serial /dev/z2 2>&1; true"));
+    let left = vm.ok(&container.outside("busybox find /dev/app /dev/by /dev/serial /dev/z2 ! -type d 2>&1; true"));
     assert!(!left.lines().any(|line| line.starts_with("/dev")), "left over: {left}");
 
     drop((b2, more, ports));
