@@ -92,7 +92,7 @@ fn look_around(
         registry.containers.iter().filter(|(_, known)| test(known)).map(|(id, _)| id.clone()).collect()
     };
     let whole = ids(&test);
-    let bus = usb_bus(devpath).map(|bus| (bus, ids(&|known| known.selections().any(Selection::looks_around))));
+    let bus = usb_bus(devpath).map(|bus| (bus, ids(&Known::looks_around)));
     all_of(executor, registry, &whole, "", since);
     if let Some((bus, looking)) = bus {
         all_of(executor, registry, &looking, bus, since);

@@ -107,7 +107,10 @@ impl Refusals {
         // What it asks for already and still is refused (the host uses it, it is being plugged in) needs no annotation.
         let sysfs = KernelSysfs::default();
         let facts = device.map(|device| Facts::new(device, &sysfs));
-        let unasked = facts.filter(|facts| !known.rules.iter().any(|rule| rule.matches(facts).is_some()));
+        // Nor would one help where a policy is against it.
+        let may_have = |facts: &Facts<'_>| known.refusal(facts).is_none();
+        let is_asked_for = |facts: &Facts<'_>| known.rules.iter().any(|rule| rule.matches(facts).is_some());
+        let unasked = facts.filter(|facts| !is_asked_for(facts) && may_have(facts));
         let event = Event::Refused(Refused {
             container: known.container.label().to_owned(),
             id: known.container.id.clone(),

@@ -48,8 +48,14 @@ impl Known {
     pub(super) fn desired(&self, host: Host, facts: &Facts<'_>, grants: &mut Vec<Grant>, said: &Said) {
         let Some(holder) = &self.holder else { return };
         let group = |name: &str| {
-            let read = || groups(&self.container, host).inspect_err(|error| tracing::warn!("{}", error.chain()));
-            self.groups.get_or_init(|| Group::all_in(&read().unwrap_or_default())).get(name).copied()
+            if self.groups.get().is_none() {
+                // What cannot be read now is tried again at the next event.
+                match groups(&self.container, host) {
+                    Ok(text) => drop(self.groups.set(Group::all_in(&text))),
+                    Err(error) => said.once(&holder.id, holder.label(), error.chain()),
+                }
+            }
+            self.groups.get()?.get(name).copied()
         };
         let (rules, bounds) = (&self.rules, &self.bounds);
         let asking = Asking { holder, named: &self.container.devices, rules, bounds, group: &group };
@@ -59,6 +65,16 @@ impl Known {
             let text = format!("{} not granted by {}: {}", one.device, one.rule, one.reason);
             said.once(&holder.id, holder.label(), text);
         }
+    }
+
+    /// Whether devices decide on what it gets of others.
+    pub(super) fn looks_around(&self) -> bool {
+        self.bounds.looks_around() || self.selections().any(Selection::looks_around)
+    }
+
+    /// What it may have of a device, in words if not.
+    pub(super) fn refusal(&self, facts: &Facts<'_>) -> Option<String> {
+        self.bounds.refusal(facts)
     }
 
     /// The selectors that it asks with.

@@ -102,10 +102,15 @@ fn is_key(word: &str) -> bool {
 /// The rule, unless it is a selector that something stands in the way of. One that was cut would stand for more devices
 /// than it was to.
 pub fn whole(rule: Rule, key: &str, value: &str, obstacle: Option<Obstacle<'_>>) -> Result<Rule, Ignored> {
-    let Some(obstacle) = obstacle.filter(|_| rule.selection().is_some()) else { return Ok(rule) };
+    // What has a separator left was not cut at one.
+    let counts = |obstacle: &Obstacle<'_>| match obstacle {
+        Obstacle::Cut(_) => rule.selection().is_some() && !value.contains([',', ';']),
+        Obstacle::TooMany => rule.selection().is_some(),
+    };
+    let Some(obstacle) = obstacle.filter(counts) else { return Ok(rule) };
     let reason = match obstacle {
         Obstacle::Cut(cut) => format!(
-            "there is an annotation '{cut}', so podman has cut a selector at its commas: write ';' in their place, {key}={value};{cut}=…"
+            "there is an annotation '{cut}', as if podman had cut a selector at its commas: write ';' in their place, {key}={value};{cut}=…, or give '{cut}' another name"
         ),
         Obstacle::TooMany => format!(
             "the container has more than {MOST_SELECTORS} annotations {HOTPLUG_PREFIX}NAME, or more than {MOST_BYTES} bytes in them"

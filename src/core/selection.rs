@@ -120,7 +120,7 @@ impl Selection {
 
     /// Whether several devices may want one path.
     pub fn has_fixed_paths(&self) -> bool {
-        self.options.path.is_some() || !self.options.links.is_empty()
+        self.options.path.is_some() || !self.options.links.is_empty() || self.options.udev_links
     }
 
     /// The nodes that the container gets for a device: the device's own first, then the links to it. `gid` is the

@@ -12,6 +12,7 @@ fn settings(files: &[&str]) -> (Settings, Vec<String>) {
 fn subject(name: &str) -> Subject {
     Subject {
         names: vec![name.to_owned(), "9414c2935ef0".into()],
+        is_nameless: false,
         image: Some("docker.io/library/alpine:3".into()),
         owner: 0,
         cgroup: "/machine.slice/libpod-9414c2935ef0.scope".into(),
@@ -73,6 +74,24 @@ fn all_conditions_of_a_policy_must_fit() {
         let file = format!("[[policy]]\n{conditions}\ndeny = ['tty']");
         assert_eq!(refusal(&[&file], "web", "/dev/ttyUSB1").is_some(), is_for, "{conditions}");
     }
+}
+
+#[test]
+fn where_a_name_decides_that_is_not_known_nothing_is_allowed() {
+    let refused = |file: &str, subject: &Subject| {
+        let (settings, tree) = (settings(&[file]).0, bench());
+        settings.policies.bounds(subject).refusal(&Facts::new(of_bench(&tree, "/dev/ttyUSB1"), &tree))
+    };
+    let nameless = Subject { names: vec!["9414c2935ef0".into()], is_nameless: true, image: None, ..subject("") };
+    let by_name = "[[policy]]\ncontainer = 'web*'\ndeny = ['video']";
+    let by_image = "[[policy]]\nimage = 'x'\ncontainer = 'web*'\ndeny = ['video']";
+    assert!(refused(by_name, &nameless).unwrap().contains("/etc/0.toml:1: the container's name or image"));
+    assert_eq!(refused(by_name, &subject("web")), None);
+    assert_eq!(refused(by_name, &Subject { names: vec!["web".into()], ..nameless.clone() }), None);
+    assert!(refused(by_image, &Subject { image: None, ..subject("web") }).is_some());
+    assert_eq!(refused(by_image, &Subject { image: None, ..subject("db") }), None, "the name decides");
+    assert_eq!(refused("[[policy]]\nowner = 1\ncontainer = 'x'\ndeny = ['tty']", &nameless), None);
+    assert_eq!(refused("[[policy]]\ndeny = ['video']", &nameless), None);
 }
 
 #[test]

@@ -113,11 +113,17 @@ fn mount_sources(spec: &Value) -> impl Iterator<Item = &str> {
     mounts.filter_map(|mount| mount.get("source")?.as_str())
 }
 
-/// Directories that have one of the container's own in them, judged by what is mounted from there.
+/// Directories that may have one of the container's own in them, judged by what is mounted from there and by where its
+/// root is (`STORAGE/overlay/X/merged`, `STORAGE/vfs/dir/X`).
 pub fn storage_directories(spec: &Value, id: &str) -> Vec<String> {
     let mut found: Vec<String> = mount_sources(spec)
         .filter_map(|source| Some(source.split_once(&format!("/{id}/userdata/"))?.0.to_owned()))
         .collect();
+    let root = spec.pointer("/root/path").and_then(Value::as_str).unwrap_or_default();
+    found.extend(root.rsplitn(4, '/').last().and_then(|storage| {
+        let driver = root.strip_prefix(storage)?.strip_prefix('/')?.split('/').next()?;
+        Some(format!("{storage}/{driver}-containers"))
+    }));
     found.sort();
     found.dedup();
     found

@@ -69,6 +69,12 @@ fn the_container_is_known_by_its_cgroup_and_its_mounts() {
         {"destination": "/proc"},
     ]});
     assert_eq!(storage_directories(&spec, id), ["/var/lib/containers/storage/overlay-containers"]);
+    for (root, directory) in [
+        ("/var/lib/containers/storage/overlay/9f3/merged", "/var/lib/containers/storage/overlay-containers"),
+        ("/x/storage/vfs/dir/9f3", "/x/storage/vfs-containers"),
+    ] {
+        assert_eq!(storage_directories(&json!({"root": {"path": root}}), id), [directory]);
+    }
     assert_eq!(container_id(&spec).as_deref(), Some(id), "rootless podman names no cgroup");
 }
 

@@ -105,7 +105,7 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
             access: entry.grant.access,
             origin: match &entry.grant.origin {
                 Origin::Manual => "attached by hand".into(),
-                Origin::Rule(rule) => format!("granted by its annotation for {rule}"),
+                Origin::Rule(rule) => format!("granted by its rule {rule}"),
             },
             manual: entry.grant.origin == Origin::Manual,
             left_over: entry.left_over.clone(),

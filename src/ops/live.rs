@@ -1,6 +1,6 @@
 //! From what a person or a runtime names to what can be worked on: a running container with a cgroup of its own.
 
-use crate::core::container::{Container, Lookup, Reference, Runtime, find};
+use crate::core::container::{Container, Lookup, Reference, Runtime, find, short_id};
 use crate::core::ledger::Holder;
 use crate::core::policy::Subject;
 use crate::error::{Error, Result};
@@ -136,6 +136,8 @@ pub fn subject(container: &Container, holder: Option<&Holder>, wants_image: bool
     let stored = || storage::look_up(&container.id, &[beside()?]);
     Subject {
         names: container.name.iter().chain([&container.id]).cloned().collect(),
+        // Whoever names its containers by such ids gives them other names, too.
+        is_nameless: container.name.is_none() && short_id(&container.id) != container.id,
         image: wants_image.then(stored).flatten().and_then(|stored| stored.image),
         owner: container.owner,
         cgroup: holder.map(|holder| holder.cgroup.clone()).or_else(|| container.cgroup.clone()).unwrap_or_default(),

@@ -37,7 +37,8 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         grant.exclusive && grant.device.identity == device.identity && !grant.holder.is_same_run(&holder)
     };
     if let Some(entry) = executor.ledger.entries().iter().find(alone) {
-        let reason = format!("container {} has {} for itself alone", entry.grant.holder.label(), device.node);
+        let (holder, node) = (entry.grant.holder.label(), &device.node);
+        let reason = format!("container {holder} has {node}, and only one may: it is free when that ends");
         return Err(Error::Refused { container: container.label().to_owned(), reason });
     }
     let grant = Grant {
@@ -65,8 +66,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
                     entry.grant.access,
                     match &entry.grant.origin {
                         Origin::Manual => "attached by hand: detach it first".to_owned(),
-                        Origin::Rule(category) =>
-                            format!("granted by its annotation for {category}: name another DEST"),
+                        Origin::Rule(category) => format!("granted by its rule {category}: name another DEST"),
                     }
                 ),
             });
@@ -118,7 +118,7 @@ pub fn detach(
         return Err(Error::Refused {
             container: container.label().to_owned(),
             reason: format!(
-                "{} is granted by its annotation for {category} and would come back at once: start the container without the annotation",
+                "{} is granted by its rule {category} and would come back at once: take that out of its annotations, or out of the configuration",
                 entry.grant.node.path
             ),
         });

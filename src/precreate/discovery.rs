@@ -82,17 +82,16 @@ impl Discovery for Host {
             let facts = device.as_ref().map(|device| Facts::new(device, &sysfs));
             let refused = || request.bounds.refusal(facts.as_ref()?).filter(|_| rule.is_bounded());
             let held = || holder(device.as_ref()?, &held, rule.is_exclusive());
-            let other = |path: &String| taken.get(path).is_some_and(|number| *number != nodes[0].number);
-            let contested = || {
-                let path = &nodes.iter().find(|node| other(&node.path))?.path;
-                Some(format!("{path} is another device's already"))
-            };
+            let other = |node: &SpecDevice| taken.get(&node.path).is_some_and(|number| *number != node.number);
+            let contested = || other(&nodes[0]).then(|| format!("{} is another device's already", nodes[0].path));
             let reason = reason_to_withhold(&on_host, &nodes[0]).or_else(refused).or_else(held).or_else(contested);
             match reason {
                 Some(reason) => found.withheld.push((on_host, reason)),
+                // Of the links, those that are free, as the agent has it.
                 None => {
-                    taken.extend(nodes.iter().map(|node| (node.path.clone(), node.number)));
-                    found.devices.extend(nodes);
+                    let free: Vec<SpecDevice> = nodes.iter().filter(|node| !other(node)).cloned().collect();
+                    taken.extend(free.iter().map(|node| (node.path.clone(), node.number)));
+                    found.devices.extend(free);
                 }
             }
         }
@@ -109,7 +108,8 @@ fn candidates(selection: &Selection) -> io::Result<Vec<Device>> {
         match &term.test {
             Test::Category(category) => {
                 let nodes = devfs::nodes(category);
-                found = Some(nodes.iter().filter_map(|node| udev::by_path(&node.path).ok()).collect::<Vec<_>>());
+                found =
+                    Some(nodes.iter().filter_map(|node| udev::by_settled_path(&node.path).ok()).collect::<Vec<_>>());
                 break;
             }
             Test::Value(Key::Subsystem, glob) => {

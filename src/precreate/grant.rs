@@ -54,6 +54,7 @@ pub(super) fn subject(spec: &Value, wants_image: bool) -> Subject {
     let stored = id.as_ref().and_then(|id| storage::look_up(id, &spec::storage_directories(spec, id)));
     let stored = stored.unwrap_or_default();
     Subject {
+        is_nameless: stored.name.is_none(),
         names: stored.name.into_iter().chain(id).collect(),
         image: stored.image.filter(|_| wants_image),
         owner: outer_user(),

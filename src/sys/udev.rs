@@ -79,6 +79,16 @@ fn known(number: Number) -> io::Result<udev::Device> {
     udev::Device::from_devnum(kind, rustix::fs::makedev(number.major, number.minor))
 }
 
+/// The device at that path, once udev has spoken of it: where udevd runs, owner and mode are not final before.
+pub fn by_settled_path(path: &str) -> Result<Device> {
+    let device = by_path(path)?;
+    let known = udev::Device::from_syspath(Path::new(&format!("/sys{}", device.identity.devpath)));
+    match !is_running() || known.is_ok_and(|known| known.is_initialized()) {
+        true => Ok(device),
+        false => Err(Error::NoSuchDevice(path.into())),
+    }
+}
+
 /// The device that a kernel event told of, if it is still there.
 pub fn by_event(event: &Uevent) -> Option<Device> {
     by_directory(&PathBuf::from(format!("/sys{}", event.devpath))).filter(|device| device.number == event.number)
