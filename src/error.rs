@@ -109,6 +109,8 @@ pub enum Error {
         rule: String,
         /// In words.
         reason: String,
+        /// The exit code: why it does not get it.
+        code: u8,
     },
     /// Our own process lacks something.
     #[error("{0}")]
@@ -190,8 +192,8 @@ impl Error {
             | Error::NotADevice { .. }
             | Error::NoMatch(_)
             | Error::AmbiguousDevice { .. }
-            | Error::NoSuchGrant { .. }
-            | Error::Required { .. } => 4,
+            | Error::NoSuchGrant { .. } => 4,
+            Error::Required { code, .. } => *code,
             Error::Refused { .. } | Error::Unfit(_) | Error::NoAnnotation { .. } => 5,
             Error::NoDeviceFilter { source, .. } => match source.raw_os_error() {
                 // What may be otherwise at the next try is no refusal.

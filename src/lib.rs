@@ -24,10 +24,10 @@
 //! | [`core`] | the words and the decisions; no system call, no clock | nothing of ours |
 //! | [`sys`] | the kernel: BPF, cgroups, namespaces, device nodes, events; all the `unsafe` | `core` |
 //! | [`runtime`] | what each container runtime leaves on disk | `core`, `sys` |
-//! | [`ops`] | carries out plans, keeps the ledger | the above |
+//! | [`ops`] | carries out plans, keeps the ledger, explains and proves | the above, `config` |
 //! | [`config`] | the host's configuration files | `core` |
 //! | [`agent`] | the service: one loop that observes, plans, executes; its socket | the above |
-//! | [`precreate`] | the OCI hook | `core`, `sys`, `config` |
+//! | [`precreate`] | the OCI hook | `core`, `sys`, `runtime`, `ops`, `config` |
 //! | [`cli`] | one file a command, and what a person reads | all |
 
 #![deny(unsafe_code)]

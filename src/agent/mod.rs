@@ -22,6 +22,7 @@ use crate::agent::registry::Registry;
 use crate::agent::watch::{News, What};
 use crate::core::container::Reference;
 use crate::core::event::{Changed, Event};
+use crate::core::ledger::Entry;
 use crate::core::protocol::{Monitor, Reply, Request};
 use crate::error::{Error, Result};
 use crate::ops::live::lookup;
@@ -160,7 +161,9 @@ fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusal
 }
 
 fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -> Reply {
-    let (start, before) = (Instant::now(), registry.monitors.are_there().then(|| executor.ledger.entries().to_vec()));
+    let is_detach = matches!(request, Request::Detach(_));
+    let needs_before = is_detach || registry.monitors.are_there();
+    let (start, before) = (Instant::now(), needs_before.then(|| executor.ledger.entries().to_vec()));
     let mut result = carry_out(executor, registry, request);
     if let Err(Error::NoSuchContainer(_)) = result {
         // It may have started a moment ago, or its name may have been out of sight.
@@ -179,6 +182,10 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
         }
         for entry in after.iter().filter(|entry| !before.contains(entry)) {
             registry.monitors.tell(|| Event::Granted(Changed::new(entry, micros)));
+        }
+        if is_detach {
+            let gone: Vec<Entry> = before.into_iter().filter(|entry| !after.contains(entry)).collect();
+            reconcile::freed(executor, registry, &gone);
         }
     }
     result.unwrap_or_else(|error| {

@@ -145,13 +145,21 @@ pub(super) fn ended(executor: &mut Executor, registry: &mut Registry, id: &str) 
     observed.iter().for_each(|entry| registry.unfollow(&entry.grant.holder));
     carry_out(executor, registry, &[], &observed, is_unplugged, None);
     executor.restore_ended();
-    // What it had, or another one may have for itself alone, is free now.
+    freed(executor, registry, &observed);
+}
+
+/// These grants are gone, and their devices are not: others may have waited for the devices or for the paths.
+pub(super) fn freed(executor: &mut Executor, registry: &mut Registry, gone: &[Entry]) {
     let is_wanted_alone = || registry.containers.values().any(|known| known.rules.iter().any(Rule::is_exclusive));
-    if observed.iter().any(|entry| entry.grant.exclusive) || !observed.is_empty() && is_wanted_alone() {
-        let devices: BTreeSet<&String> = observed.iter().map(|entry| &entry.grant.device.identity.devpath).collect();
+    if gone.iter().any(|entry| entry.grant.exclusive) || !gone.is_empty() && is_wanted_alone() {
+        let devices: BTreeSet<&String> = gone.iter().map(|entry| &entry.grant.device.identity.devpath).collect();
         let devices: Vec<Device> = devices.iter().filter_map(|path| registry.devices.get(*path)).cloned().collect();
         devices.into_iter().for_each(|device| plugged(executor, registry, device, Instant::now()));
     }
+    let has_paths =
+        |id: &&String| registry.containers.get(*id).is_some_and(|its| its.selections().any(Selection::has_fixed_paths));
+    let ids: BTreeSet<String> = gone.iter().map(|entry| &entry.grant.holder.id).filter(has_paths).cloned().collect();
+    all_of(executor, registry, &ids, "", Instant::now());
 }
 
 /// Withdraws what runtimes granted at a container's start where that is due, and lets it hold again where not: for the

@@ -9,11 +9,9 @@ use crate::core::container::Reference;
 use crate::core::destination;
 use crate::core::device::{Access, Device};
 use crate::core::facts::Facts;
-use crate::core::glob::Glob;
 use crate::core::grammar::{Author, selection};
 use crate::core::protocol::{Attach, GrantInfo, Request};
 use crate::core::selection::{Group, Options, Selection, duration};
-use crate::core::selector::{Key, Selector, Term, Test};
 use crate::error::{Error, Result};
 use crate::ops::live::lookup;
 use crate::sys::arrival::Arrivals;
@@ -69,45 +67,54 @@ const SHOWN: usize = 10;
 
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
-    let (devices, options) = match (selector(&args.device)?, args.wait) {
-        (Some(selection), wait) => {
-            let devices = find(&args, &selection, wait.or(selection.options.wait))?;
-            (devices, selection.options)
-        }
-        (None, Some(wait)) => (find(&args, &exactly(&args.device), Some(wait))?, Options::default()),
-        (None, None) => (Vec::new(), Options::default()),
+    let (nodes, options) = match selector(&args.device)? {
+        Some(selection) => (find(&args, &selection)?, selection.options),
+        None => (vec![path(&args)?], Options::default()),
     };
     let destination = args.destination.clone().or(options.path.clone());
-    if devices.len() > 1 && destination.is_some() {
+    if nodes.len() > 1 && destination.is_some() {
         return Err(Error::Usage(format!(
             "'{}' means {} devices, which cannot all be at one path: leave DEST and as= out",
             args.device,
-            devices.len()
+            nodes.len()
         )));
     }
-    let mut grants = Vec::new();
-    let nodes = match selector(&args.device)? {
-        Some(_) => devices.into_iter().map(|device| (device.node.clone(), device.node)).collect(),
-        None => vec![(absolute(&args.device)?, args.device.clone())],
-    };
+    let (mut grants, mut result) = (Vec::new(), Ok(()));
     for (device, typed) in nodes {
         let destination = destination.clone().unwrap_or(typed);
-        grants.push(attach(&args, &options, device, &destination)?);
+        match attach(&args, &options, device, &destination) {
+            Ok((grant, by_agent)) => {
+                if !by_agent && grants.is_empty() {
+                    eprintln!("no agent: stays until detach; an unplug is not followed");
+                }
+                grants.push(grant);
+            }
+            // Those before are in force, and are told of.
+            Err(error) => result = result.and(Err(error)),
+        }
     }
-    if grants.iter().any(|(_, by_agent)| !by_agent) {
-        eprintln!("no agent: stays until detach; an unplug is not followed");
-    }
-    let grants: Vec<GrantInfo> = grants.into_iter().map(|(grant, _)| grant).collect();
     match (&*grants, args.json, args.all) {
         (all, true, true) => output::json(&all),
         ([one], true, false) => output::json(one),
         (all, ..) => all.iter().try_for_each(|grant| {
-            output::line(&format!(
-                "{}: {} is {} with access {}",
-                grant.container, grant.path, grant.device, grant.access
-            ))
+            let GrantInfo { container, path, device, access, .. } = grant;
+            output::line(&format!("{container}: {path} is {device} with access {access}"))
         }),
     }
+    .and(result)
+}
+
+/// The device that was typed as a path, waited for if that is asked for; as an absolute path, and as typed.
+fn path(args: &Args) -> Result<(String, String)> {
+    let device = absolute(&args.device)?;
+    if let Some(wait) = args.wait {
+        wait_for(args, wait, || match udev::by_settled_path(&device) {
+            Ok(_) => Ok(true),
+            Err(Error::NoSuchDevice(_)) => Ok(false),
+            Err(error) => Err(error),
+        })?;
+    }
+    Ok((device, args.device.clone()))
 }
 
 /// Attaches one device. Says whether an agent did it.
@@ -150,15 +157,8 @@ fn selector(typed: &str) -> Result<Option<Selection>> {
     Ok(Some(found))
 }
 
-/// The device at that path, or that udev has made that link to.
-fn exactly(path: &str) -> Selection {
-    let test = Test::Value(Key::Devname, Glob::exactly(path));
-    let selector = Selector { terms: vec![Term { negated: false, test }], withheld: Vec::new() };
-    Selection { selector, ..Selection::default() }
-}
-
-/// The devices that the selector means: one, unless all are asked for.
-fn find(args: &Args, selection: &Selection, wait: Option<Duration>) -> Result<Vec<Device>> {
+/// The nodes of the devices that the selector means: one, unless all are asked for.
+fn find(args: &Args, selection: &Selection) -> Result<Vec<(String, String)>> {
     let look = || -> Result<Vec<Device>> {
         let sysfs = KernelSysfs::default();
         let mut devices = udev::scan().map_err(Error::host("list the devices of this host"))?;
@@ -166,26 +166,36 @@ fn find(args: &Args, selection: &Selection, wait: Option<Duration>) -> Result<Ve
         devices.sort_by(|a, b| a.identity.devpath.cmp(&b.identity.devpath));
         Ok(devices)
     };
-    // A device is waited for only where there is a container for it.
-    lookup(&runtime::scan(), &Reference::parse(&args.container).map_err(Error::Usage)?)?;
-    let waiting = Error::host("wait for device events");
-    let arrivals = wait.map(|_| Arrivals::listen()).transpose().map_err(waiting)?;
-    let deadline = Instant::now() + wait.unwrap_or_default();
     let mut found = look()?;
-    while found.is_empty() {
-        let Some(arrivals) = &arrivals else { return Err(Error::NoMatch(args.device.clone())) };
-        if !arrivals.wait(deadline).map_err(Error::host("wait for device events"))? {
-            let (device, wait) = (&args.device, wait.unwrap_or_default());
-            return Err(Error::TimedOut(format!("no device that matches '{device}' was plugged in within {wait:?}")));
-        }
-        found = look()?;
+    match args.wait.or(selection.options.wait) {
+        None if found.is_empty() => return Err(Error::NoMatch(args.device.clone())),
+        Some(wait) if found.is_empty() => wait_for(args, wait, || {
+            found = look()?;
+            Ok(!found.is_empty())
+        })?,
+        _ => {}
     }
     if found.len() > 1 && !args.all {
         let candidates = found.iter().map(|device| candidate(&Facts::new(device, &KernelSysfs::default())));
         let (selector, count) = (args.device.clone(), found.len());
         return Err(Error::AmbiguousDevice { selector, count, candidates: candidates.take(SHOWN).collect() });
     }
-    Ok(found)
+    Ok(found.into_iter().map(|device| (device.node.clone(), device.node)).collect())
+}
+
+/// Looks until it is found, or the time is up.
+fn wait_for(args: &Args, wait: Duration, mut look: impl FnMut() -> Result<bool>) -> Result<()> {
+    // A device is waited for only where there is a container for it.
+    lookup(&runtime::scan(), &Reference::parse(&args.container).map_err(Error::Usage)?)?;
+    let (deadline, waiting) = (Instant::now() + wait, || Error::host::<std::io::Error>("wait for device events"));
+    let arrivals = Arrivals::listen().map_err(waiting())?;
+    while !look()? {
+        if !arrivals.wait(deadline).map_err(waiting())? {
+            let device = &args.device;
+            return Err(Error::TimedOut(format!("no device that matches '{device}' was plugged in within {wait:?}")));
+        }
+    }
+    Ok(())
 }
 
 /// A node, with what tells its device from others.

@@ -30,7 +30,7 @@ struct ContainerInfo {
     pid: u32,
     /// Its own cgroup, where it can be worked on.
     cgroup: Option<String>,
-    /// Categories and seats that its annotations ask for.
+    /// The rules by which it asks for devices, by name: categories, seats, selectors, and those of the configuration.
     asks: Vec<String>,
     /// Why it cannot be worked on.
     problem: Option<String>,
@@ -53,7 +53,7 @@ pub(super) fn run(args: Args) -> Result<()> {
             crate::core::container::short_id(&container.id).to_owned(),
             container.runtime.to_string(),
             container.pid.to_string(),
-            if container.asks.is_empty() { "-".into() } else { container.asks.join(",") },
+            if container.asks.is_empty() { "-".into() } else { container.asks.join(" ") },
             container.problem.clone().unwrap_or_default(),
         ]
     });

@@ -2,6 +2,7 @@
 
 use crate::core::annotation::DEVICE_PREFIX;
 use crate::core::category::is_forbidden;
+use crate::core::device::Kind;
 use crate::core::explanation::{Ask, Situation, allowed};
 use crate::core::proof::{Found, Seen, Subject};
 
@@ -67,12 +68,24 @@ fn get(facts: &Situation<'_>, is_taken: bool) -> String {
     };
     if facts.asks.iter().any(asks_for) {
         return match (&facts.in_use, facts.agent) {
-            (Some(_), _) => format!("{attach}, if the host can do without it"),
+            (Some(_), _) if facts.subject.number.kind == Kind::Block => {
+                format!("{attach}, if the host can do without it")
+            }
+            (Some(_), _) => "wait until it is free, or see to that".into(),
             (None, false) => {
                 "start the agent, which grants what annotations ask for: systemctl start qm-hotplug".into()
             }
             (None, true) => format!("see why the agent has not granted it: journalctl -t qm-hotplug; or {attach}"),
         };
+    }
+    let refused = |ask: &Ask| {
+        let (rule, device) = (ask.rule.as_ref().ok()?, facts.device?);
+        rule.matches(device).and_then(|_| allowed(rule, facts.bounds, device).err())
+    };
+    if let Some(reason) = facts.asks.iter().find_map(refused) {
+        return format!(
+            "change the policy ({reason}), and have it read: systemctl kill -s HUP qm-hotplug; or {attach}"
+        );
     }
     let annotation = match facts.category {
         Some(category) => {

@@ -115,7 +115,8 @@ pub struct Situation<'a> {
     pub node: &'a str,
     /// The device, while it is plugged in.
     pub device: Option<&'a Facts<'a>>,
-    /// Why no rule gives it to a container now, such as a disk that the host uses.
+    /// Why no rule gives it to a container now: the host uses it, another container has it for itself alone, or its path
+    /// inside is another device's.
     pub in_use: Option<String>,
     /// What is asked about inside.
     pub subject: Subject,

@@ -330,7 +330,7 @@ fn rules_are_told_with_their_annotations_and_decide_the_advice() {
             facts.in_use = Some("it is mounted at /".into());
         },
         &["Bad device: no annotation gives it to a container now: it is mounted at /"],
-        &["qm-hotplug attach web /dev/ttyUSB0, if the host can do without it"],
+        &["wait until it is free, or see to that"],
     );
     expect(
         |facts| {

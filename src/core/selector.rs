@@ -1,17 +1,17 @@
 //! Selectors: which device is meant.
 //!
 //! ```text
-//! request  = item *( ( "," / ";" ) item )
-//! item     = term / option                     ; options: see core::request
-//! term     = CATEGORY                          ; a category's name
+//! request  = item *( ( "," / ";" ) item )      ; at least one term without "!="; an option once, but for link
+//! item     = term / option                     ; options: see core::selection
+//! term     = simple / "parent" ( "=" / "!=" ) ( simple / "(" simple *( ( "," / ";" ) simple ) ")" )
+//! simple   = CATEGORY                          ; a category's name
 //!          / key ( "=" / "!=" ) value
-//!          / "parent" ( "=" / "!=" ) ( term / "(" term *( ( "," / ";" ) term ) ")" )
 //! key      = "subsystem" / "devname" / "driver" / "usb" / "serial" / "model" / "vendor" / "id_path" / "port" / "pci"
 //!          / "seat" / "tag" / "category" / "env." NAME / "attr." NAME / "attrs." NAME
-//! value    = *( any character but , ; ( ) " ) / DQUOTE *( any character but DQUOTE / "\" DQUOTE ) DQUOTE
+//! value    = 1*( any character but , ; ( ) " \ / "\" ANY ) / DQUOTE *( any character but DQUOTE and \ / "\" ANY ) DQUOTE
 //! ```
 //!
-//! A value is a glob ([`crate::core::glob`]). White space around an item does not count. All terms must match. A key
+//! A value is a glob ([`crate::core::glob`]). White space around an item and behind `=` does not count. All terms must match. A key
 //! stands for any number of values of a device: `=` is true if one of them fits, `!=` if none does.
 
 use std::fmt;

@@ -125,7 +125,7 @@ fn policy(
     let glob = |text: &Option<Spanned<String>>| text.as_ref().map(|text| glob(text, place)).transpose();
     let read = |text: &Spanned<String>| {
         let at = place(text.span().start);
-        selector(text.get_ref(), categories).map(|selector| (selector, at.clone())).map_err(at_line(at))
+        selector(text.get_ref(), categories).map(|selector| (selector, at.clone())).map_err(at_line(at, text))
     };
     let allow =
         config.allow.as_ref().map(|all| all.iter().map(|text| Ok(read(text)?.0)).collect::<Result<_, String>>());
@@ -159,7 +159,7 @@ fn container(
     let read = |text: &Spanned<String>| {
         let name = excerpt(text.get_ref());
         let selection = selection(&name, text.get_ref(), categories, Author::Root);
-        selection.map(Arc::new).map_err(at_line(place(text.span().start)))
+        selection.map(Arc::new).map_err(at_line(place(text.span().start), text))
     };
     Ok(ContainerTable { name, selections: config.devices.iter().map(read).collect::<Result<_, _>>()? })
 }
@@ -169,8 +169,8 @@ fn glob(text: &Spanned<String>, place: &impl Fn(usize) -> Place) -> Result<Glob,
     Glob::parse(text.get_ref()).map_err(|(_, reason)| format!("line {}: '{}': {reason}", line(), text.get_ref()))
 }
 
-fn at_line(place: Place) -> impl FnOnce(SyntaxError) -> String {
-    move |error| format!("line {}, {error}", place.line)
+fn at_line(place: Place, text: &Spanned<String>) -> impl FnOnce(SyntaxError) -> String {
+    move |error| format!("line {}: in \"{}\", {error}", place.line, text.get_ref())
 }
 
 #[cfg(test)]

@@ -117,14 +117,14 @@ fn a_bad_file_is_passed_over_whole() {
     for (file, problem) in [
         (
             "enable = ['kvm']\n[[container]]\nmatch = 'x'\ndevices = ['tty', 'tape']",
-            "line 4, column 1: there is no category 'tape'",
+            "line 4: in \"tape\", column 1: there is no category 'tape'",
         ),
         ("[[container]]\nmatch = 'vm:x'\ndevices = []", "line 2: 'vm:' in match is not known"),
         ("[[container]]\nmatch = 'x['\ndevices = []", "line 2: match: a '['"),
         ("[[container]]\ndevices = []", "missing field `match`"),
         (
             "[category.robot]\nnodes = ['/dev/robot#']\n[[container]]\nmatch = 'x'\ndevices = ['robot,as=x']",
-            "line 5, column 10",
+            "line 5: in \"robot,as=x\", column 10",
         ),
     ] {
         let (settings, problems) = settings(&[file, "[category.other]\nnodes = ['/dev/other']"]);

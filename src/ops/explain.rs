@@ -15,8 +15,9 @@ use crate::core::explanation::{
     Alone, Ask, Explanation, Filter, Granted, Judged, Situation, explain as put_into_words,
 };
 use crate::core::facts::Facts;
-use crate::core::ledger::Origin;
+use crate::core::ledger::{Entry, Grant, Origin};
 use crate::core::proof::{Answer, Subject};
+use crate::core::rule::Rule;
 use crate::core::settings::Settings;
 use crate::error::{Error, Result};
 use crate::ops::RUN_DIRECTORY;
@@ -61,7 +62,8 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
     let container = lookup(containers, &Reference::parse(name).map_err(Error::Usage)?)?;
-    let entries = of_container(Store::peek(Path::new(RUN_DIRECTORY))?, &container);
+    let in_force = Store::peek(Path::new(RUN_DIRECTORY))?;
+    let entries = of_container(in_force.clone(), &container);
     let (inspection, problem) = match Inspection::new(&cgroups, &container) {
         Ok(inspection) => (Some(inspection), None),
         Err(Error::Refused { reason, .. }) => (None, Some(reason)),
@@ -96,7 +98,9 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
         container: name,
         node: &target.node,
         device: known.as_ref(),
-        in_use: in_use(target, known.as_ref(), &asks, &answer),
+        in_use: known.as_ref().and_then(|known| {
+            in_use(target, known, &asks, &answer).or_else(|| taken(target, known, &asks, &container, &in_force))
+        }),
         subject,
         category: target.device.as_ref().and_then(|device| best(&settings.categories, device)),
         asks,
@@ -153,14 +157,43 @@ fn best<'a>(categories: &'a Categories, device: &Device) -> Option<&'a crate::co
 /// What keeps the agent from granting a disk. To look opens it, so it is done only where that is the question.
 fn in_use(
     target: &Target,
-    known: Option<&Facts<'_>>,
+    known: &Facts<'_>,
     asks: &[Ask],
     answer: &std::result::Result<Answer, String>,
 ) -> Option<String> {
-    let known = known.filter(|known| known.device.number.kind == Kind::Block)?;
     let is_asked = asks.iter().any(|ask| ask.rule.as_ref().is_ok_and(|rule| rule.matches(known).is_some()));
     let is_open = target.entry.is_some() || answer.as_ref().is_ok_and(|answer| answer.filter == Some(0));
-    (is_asked && !is_open).then(|| block::in_use(&known.device.node, known.device.number)).flatten()
+    let is_block = known.device.number.kind == Kind::Block;
+    (is_block && is_asked && !is_open).then(|| block::in_use(&known.device.node, known.device.number)).flatten()
+}
+
+/// Who has what only one can have: the device for itself alone, or the path inside.
+fn taken(
+    target: &Target,
+    known: &Facts<'_>,
+    asks: &[Ask],
+    container: &Container,
+    in_force: &[Entry],
+) -> Option<String> {
+    let matching = || asks.iter().filter_map(|ask| ask.rule.as_ref().ok()).filter(|it| it.matches(known).is_some());
+    if target.entry.is_some() || matching().next().is_none() {
+        return None;
+    }
+    let alone = matching().any(Rule::is_exclusive);
+    in_force.iter().filter(|entry| entry.left_over.is_none()).find_map(|entry| {
+        let Grant { holder, device, node, exclusive, .. } = &entry.grant;
+        let is_same_device = device.identity == known.device.identity;
+        let is_its = (&holder.id, holder.pid) == (&container.id, container.pid);
+        let has_path =
+            || matching().filter_map(Rule::selection).any(|it| it.options.path.as_deref() == Some(&node.path));
+        match is_its {
+            false if is_same_device && (*exclusive || alone) => {
+                Some(format!("container {} has it, and only one may", holder.label()))
+            }
+            true if !is_same_device && has_path() => Some(format!("{} is {} there", node.path, device.node)),
+            _ => None,
+        }
+    })
 }
 
 fn filter(inspection: &Inspection<'_>, target: &Target, subject: &Subject) -> Result<Filter> {

@@ -87,14 +87,15 @@ pub(super) fn grant(
     let begun = Instant::now();
     let (mut changed, mut at_start, mut taken) = (false, Vec::new(), HashMap::<String, Number>::new());
     for (key, wish) in wishes {
-        let refuse = |reason: String| Error::Required {
+        let refuse = |code: u8, reason: String| Error::Required {
+            code,
             container: container.clone(),
             rule: key.clone().unwrap_or_else(|| "a [[container]] of the configuration".into()),
             reason,
         };
         let rule = match wish {
             Ok(rule) => rule,
-            Err(Ignored { reason, required: true, .. }) => return Err(refuse(reason)),
+            Err(Ignored { reason, required: true, .. }) => return Err(refuse(2, reason)),
             Err(Ignored { key, reason, .. }) => {
                 tracing::warn!(container, "annotation {key} ignored: {reason}");
                 log.warning(&format!("Skipping annotation {key}: {reason}"));
@@ -113,7 +114,7 @@ pub(super) fn grant(
                 tracing::warn!(container, "cannot look for {what}: {error}");
                 log.warning(&format!("Cannot look for {what}: {error}"));
                 if rule.selection().is_some_and(|selection| selection.options.required) {
-                    return Err(refuse(format!("it is required, and cannot be looked for: {error}")));
+                    return Err(refuse(1, format!("it is required, and cannot be looked for: {error}")));
                 }
                 continue;
             }
@@ -126,7 +127,8 @@ pub(super) fn grant(
             let withheld = found.withheld.first().map(|(path, reason)| format!("{path} is not granted: {reason}"));
             let waited = selection.options.wait.map_or(String::new(), |wait| format!(" after {wait:?}"));
             let missing = || format!("no device that matches '{}' is plugged in{waited}", selection.selector);
-            return Err(refuse(format!("it is required, and {}", withheld.unwrap_or_else(missing))));
+            let code = if withheld.is_some() { 5 } else { 4 };
+            return Err(refuse(code, format!("it is required, and {}", withheld.unwrap_or_else(missing))));
         }
         // As containers/qm's hook does, also where no device is found.
         changed |= spec::ensure_linux(spec);
