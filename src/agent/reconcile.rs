@@ -58,6 +58,9 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
     settle_withdrawals(executor, registry, &desired, |_, its| its == number, None);
+    let has_gone = |entry: &Entry| !desired.iter().any(|grant| grant.is_same(&entry.grant));
+    let gone: Vec<Entry> = observed.into_iter().filter(has_gone).collect();
+    freed(executor, registry, &gone);
     look_around(executor, registry, &devpath, |_| false, since);
 }
 
@@ -206,6 +209,16 @@ fn settle_withdrawals(
             };
             if let Err(error) = result {
                 tracing::error!(container = holder.label(), device = %number, "{}", error.chain());
+            }
+            // Another device that it asks for has the number now, under another name: this one is not that device's.
+            let is_here = due == Some(false) && gone != Some(number);
+            for path in paths.iter().filter(|path| is_here && known.at_start.iter().any(|its| its == *path)) {
+                let is_at = |grant: &Grant| grant.holder.is_same_run(holder) && grant.node.path == **path;
+                let is_known =
+                    desired.iter().any(is_at) || executor.ledger.entries().iter().any(|entry| is_at(&entry.grant));
+                if !is_known {
+                    executor.remove_stale_node(holder, number, path);
+                }
             }
         }
     }

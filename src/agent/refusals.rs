@@ -103,6 +103,10 @@ impl Refusals {
         // It ended meanwhile.
         let Some(known) = known else { return };
         let Refusal { cgroup, number, access } = report;
+        let untold = self.repeats.tell(cgroup, number, self.start.elapsed().as_millis() as u64);
+        if untold.is_none() && !registry.monitors.are_there() {
+            return;
+        }
         let device = registry.devices.values().find(|device| device.number == number);
         // What it asks for already and still is refused (the host uses it, it is being plugged in) needs no annotation.
         let sysfs = KernelSysfs::default();
@@ -121,7 +125,7 @@ impl Refusals {
             access,
             annotation: unasked.and_then(|facts| suggestion(&facts, registry.categories())),
         });
-        if let Some(untold) = self.repeats.tell(cgroup, number, self.start.elapsed().as_millis() as u64) {
+        if let Some(untold) = untold {
             let before = if untold > 0 { format!("; {untold} others before were not logged") } else { String::new() };
             let (container, device, text) =
                 (known.container.label(), number.to_string(), printable(&event.to_string()));

@@ -45,7 +45,7 @@ pub struct Args {
     #[arg(long)]
     gid: Option<u32>,
     /// Wait for the device to be plugged in: 10s, 500ms, 1m
-    #[arg(long, value_name = "TIME", value_parser = |text: &str| duration(text).ok_or("a time is expected, such as 10s"))]
+    #[arg(long, value_name = "TIME", value_parser = waiting_time)]
     wait: Option<Duration>,
     /// All devices that the selector means, not just one
     #[arg(long)]
@@ -53,6 +53,12 @@ pub struct Args {
     /// Print the grant as JSON; with --all an array
     #[arg(long)]
     json: bool,
+}
+
+/// A day at most: whoever waits longer wants an annotation.
+fn waiting_time(text: &str) -> std::result::Result<Duration, String> {
+    let time = duration(text).filter(|time| *time <= Duration::from_secs(24 * 3600));
+    time.ok_or_else(|| "a time of at most a day is expected, such as 10s".into())
 }
 
 fn octal(text: &str) -> std::result::Result<u32, String> {
@@ -202,7 +208,7 @@ fn wait_for(args: &Args, wait: Duration, mut look: impl FnMut() -> Result<bool>)
 fn candidate(facts: &Facts<'_>) -> String {
     let node = &facts.device.node;
     match facts.usb() {
-        Some(usb) => match &usb.serial {
+        Some(usb) => match facts.usb_text("serial") {
             Some(serial) => format!("{node} (serial={serial}, port={})", usb.port()),
             None => format!("{node} (port={})", usb.port()),
         },

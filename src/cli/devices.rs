@@ -45,9 +45,9 @@ struct DeviceInfo<'a> {
     driver: &'a [String],
     /// `VID:PID`.
     usb: Option<String>,
-    serial: Option<&'a str>,
-    model: Option<&'a str>,
-    vendor: Option<&'a str>,
+    serial: Option<String>,
+    model: Option<String>,
+    vendor: Option<String>,
     id_path: Option<&'a str>,
     port: Option<&'a str>,
     pci: &'a [String],
@@ -86,9 +86,9 @@ pub(super) fn run(args: Args) -> Result<()> {
             or_dash(Some(info.subsystem)),
             or_dash(info.driver.first().map(String::as_str)),
             or_dash(info.usb.as_deref()),
-            or_dash(info.serial),
+            or_dash(info.serial.as_deref()),
             or_dash(info.port),
-            or_dash(info.model),
+            or_dash(info.model.as_deref()),
             or_dash(Some(&info.categories.join(","))),
         ]
     });
@@ -116,7 +116,7 @@ fn annotation(
 fn info<'a>(facts: &'a Facts<'_>, categories: &'a Categories) -> DeviceInfo<'a> {
     let Device { node, subsystem, number, uid, gid, mode, .. } = facts.device;
     let usb = facts.usb();
-    let text = |property: &str, own: Option<&'a String>| facts.property(property).or(own.map(String::as_str));
+    let text = |property: &str, own: &str| facts.property(property).map(str::to_owned).or_else(|| facts.usb_text(own));
     DeviceInfo {
         device: node,
         kind: number.kind,
@@ -128,9 +128,9 @@ fn info<'a>(facts: &'a Facts<'_>, categories: &'a Categories) -> DeviceInfo<'a> 
         subsystem,
         driver: facts.drivers(),
         usb: usb.map(|usb| format!("{}:{}", usb.vendor_id, usb.product_id)),
-        serial: text("ID_SERIAL_SHORT", usb.and_then(|usb| usb.serial.as_ref())),
-        model: text("ID_MODEL", usb.and_then(|usb| usb.product.as_ref())),
-        vendor: text("ID_VENDOR", usb.and_then(|usb| usb.manufacturer.as_ref())),
+        serial: text("ID_SERIAL_SHORT", "serial"),
+        model: text("ID_MODEL", "product"),
+        vendor: text("ID_VENDOR", "manufacturer"),
         id_path: facts.id_path(),
         port: usb.map(|usb| usb.port()),
         pci: facts.pci(),

@@ -81,11 +81,16 @@ pub enum Obstacle<'a> {
 /// looked at.
 const MOST_SELECTORS: usize = 64;
 const MOST_BYTES: usize = 16 << 10;
+/// How many attributes: each is looked for in `/sys`, at every device and at all above it.
+const MOST_ATTRIBUTES: usize = 32;
 
 /// What stands in the way of a container's selectors, by the keys and values of its annotations.
 pub fn obstacle<'a>(annotations: impl Iterator<Item = (&'a str, &'a str)> + Clone) -> Option<Obstacle<'a>> {
+    let values = annotations.clone().filter(|(key, _)| key.starts_with(HOTPLUG_PREFIX)).map(|(_, value)| value);
+    let attributes: usize = values.map(|value| value.matches("attr").count()).sum();
     let lengths = annotations.clone().filter(|(key, _)| key.starts_with(HOTPLUG_PREFIX)).map(|(_, value)| value.len());
-    let too_many = lengths.clone().count() > MOST_SELECTORS || lengths.sum::<usize>() > MOST_BYTES;
+    let too_many =
+        attributes > MOST_ATTRIBUTES || lengths.clone().count() > MOST_SELECTORS || lengths.sum::<usize>() > MOST_BYTES;
     let cut = || annotations.map(|(key, _)| key).find(|key| is_key(key)).map(Obstacle::Cut);
     too_many.then_some(Obstacle::TooMany).or_else(cut)
 }
@@ -113,7 +118,7 @@ pub fn whole(rule: Rule, key: &str, value: &str, obstacle: Option<Obstacle<'_>>)
             "there is an annotation '{cut}', as if podman had cut a selector at its commas: write ';' in their place, {key}={value};{cut}=…, or give '{cut}' another name"
         ),
         Obstacle::TooMany => format!(
-            "the container has more than {MOST_SELECTORS} annotations {HOTPLUG_PREFIX}NAME, or more than {MOST_BYTES} bytes in them"
+            "the container has more than {MOST_SELECTORS} annotations {HOTPLUG_PREFIX}NAME, or more than {MOST_BYTES} bytes or {MOST_ATTRIBUTES} attributes in them"
         ),
     };
     let required = rule.selection().is_some_and(|selection| selection.options.required);

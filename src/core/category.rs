@@ -47,10 +47,10 @@ impl Category {
     }
 }
 
-/// `/dev/mem`, `/dev/kmem`, `/dev/port` and `/dev/kmsg` (Documentation/admin-guide/devices.txt): these are the host
-/// itself, and no rule grants them, whatever its patterns say.
+/// `/dev/mem`, `/dev/kmem`, `/dev/port`, `/dev/kmsg`, `/dev/snapshot` and `/dev/cpu/*/msr`
+/// (Documentation/admin-guide/devices.txt): these are the host itself, and no rule grants them, whatever its patterns say.
 pub fn is_forbidden(number: Number) -> bool {
-    number.kind == Kind::Char && number.major == 1 && matches!(number.minor, 1 | 2 | 4 | 11)
+    number.kind == Kind::Char && matches!((number.major, number.minor), (1, 1 | 2 | 4 | 11) | (10, 231) | (202, _))
 }
 
 /// A category of the program: name, patterns, kind, and whether it has to be enabled.

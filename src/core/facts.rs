@@ -60,12 +60,6 @@ pub struct Usb {
     pub vendor_id: String,
     /// `idProduct`, four hexadecimal digits.
     pub product_id: String,
-    /// `serial`, where it has one.
-    pub serial: Option<String>,
-    /// `product`, its name in its own words.
-    pub product: Option<String>,
-    /// `manufacturer`.
-    pub manufacturer: Option<String>,
     /// `bInterfaceNumber` of the interface that the device belongs to.
     pub interface: Option<String>,
 }
@@ -116,9 +110,6 @@ impl<'a> Facts<'a> {
                 return Some(Usb {
                     vendor_id: read(path, "idVendor")?.to_ascii_lowercase(),
                     product_id: product_id.to_ascii_lowercase(),
-                    serial: read(path, "serial"),
-                    product: read(path, "product"),
-                    manufacturer: read(path, "manufacturer"),
                     interface,
                     path: path.to_owned(),
                 });
@@ -126,6 +117,12 @@ impl<'a> Facts<'a> {
             interface = interface.or_else(|| read(path, "bInterfaceNumber"));
         }
         None
+    }
+
+    /// What its USB device calls itself: `serial`, `product` or `manufacturer`. Looked at last: the kernel has a reader
+    /// wait while the device is being set up.
+    pub fn usb_text(&self, name: &str) -> Option<String> {
+        self.sysfs.read(&format!("{}/{name}", self.usb()?.path))
     }
 
     /// The drivers of the device and of all above it.
@@ -339,12 +336,13 @@ pub(crate) mod tests {
         let facts = |node: &str| Facts::new(of_bench(&tree, node), &tree);
         let stick = facts("/dev/ttyUSB10");
         let usb = stick.usb().unwrap();
-        assert_eq!((usb.port(), usb.product_id.as_str(), usb.serial.as_deref()), ("1-1.2", "ea60", Some("C3D4")));
+        assert_eq!((usb.port(), usb.product_id.as_str()), ("1-1.2", "ea60"));
+        assert_eq!(stick.usb_text("serial").as_deref(), Some("C3D4"));
         assert_eq!(usb.interface.as_deref(), Some("00"));
         assert_eq!(stick.drivers(), ["cp210x", "usb", "usb", "usb"]);
         assert_eq!(stick.pci(), ["0000:00:02.0", "00:02.0", "02.0", "0000:01:03.1", "01:03.1", "02.0/03.1"]);
         let keyboard = facts("/dev/input/event3");
-        assert_eq!(keyboard.usb().unwrap().serial, None, "not the controller's");
+        assert_eq!(keyboard.usb_text("serial"), None, "not the controller's");
         assert_eq!(keyboard.attributes("name").collect::<Vec<_>>(), ["QEMU QEMU USB Keyboard"]);
         assert_eq!(keyboard.attribute("name"), None);
         assert_eq!(keyboard.attribute("dev").as_deref(), Some("13:67"));

@@ -73,9 +73,10 @@ pub fn selection(name: &str, text: &str, categories: &Categories, author: Author
             reader.error_at(0, "it does not say which devices: give a category, or a term such as usb=10c4:ea60")
         );
     }
-    if author == Author::Container {
-        found.selector.withheld = categories.sensitive().into_iter().filter(|category| !category.enabled).collect();
-    }
+    let may_have = |category: &Category| category.enabled || author == Author::Root;
+    let names = |category: &Category| found.selector.terms.iter().any(|term| term.names(category));
+    let withheld = categories.sensitive().into_iter().filter(|category| !may_have(category) || !names(category));
+    found.selector.withheld = withheld.collect();
     Ok(found)
 }
 
@@ -83,7 +84,7 @@ pub fn selection(name: &str, text: &str, categories: &Categories, author: Author
 pub fn selector(text: &str, categories: &Categories) -> Result<Selector, SyntaxError> {
     let found = selection("", text, categories, Author::Root)?;
     match found.options == Options::default() {
-        true => Ok(found.selector),
+        true => Ok(Selector { withheld: Vec::new(), ..found.selector }),
         false => {
             Err(SyntaxError { column: 1, reason: format!("'{}' is for devices, not for policies", found.options) })
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::core::facts::Facts;
 use crate::core::glob::Glob;
-use crate::core::selector::Selector;
+use crate::core::selector::{Key, Selector, Term, Test};
 
 /// Where something is written, `FILE:LINE`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub struct Subject {
     pub image: Option<String>,
     /// The user who runs it.
     pub owner: u32,
-    /// The path of its cgroup.
+    /// The path of its cgroup, beginning with `/`.
     pub cgroup: String,
 }
 
@@ -56,6 +56,14 @@ pub struct Policy {
     pub deny: Vec<(Selector, Place)>,
 }
 
+impl Subject {
+    /// The cgroup and those that it is in: a runtime may make one more level below what it was told.
+    fn cgroups(&self) -> Vec<String> {
+        let ends = self.cgroup.match_indices('/').map(|(at, _)| at).skip(1).chain([self.cgroup.len()]);
+        ends.map(|end| self.cgroup[..end].to_owned()).collect()
+    }
+}
+
 impl Policy {
     /// Whether it counts for the container; `None` where the container's name or image decides on it and is not known.
     fn is_for(&self, subject: &Subject) -> Option<bool> {
@@ -65,7 +73,7 @@ impl Policy {
             None => Some(true),
         };
         let conditions = [
-            fits(&self.cgroup, std::slice::from_ref(&subject.cgroup), true),
+            fits(&self.cgroup, &subject.cgroups(), true),
             Some(self.owner.is_none_or(|owner| owner == subject.owner)),
             fits(&self.container, &subject.names, !subject.is_nameless),
             fits(&self.image, subject.image.as_slice(), subject.image.is_some()),
@@ -127,6 +135,17 @@ impl Bounds {
     pub fn refusal(&self, facts: &Facts<'_>) -> Option<String> {
         if let Some(problem) = &self.unclear {
             return Some(format!("what the policy says is not known, so nothing is allowed: {problem}"));
+        }
+        // Its driver is not loaded, and nobody knows more than its node's name.
+        let by_name = |term: &Term| matches!(term.test, Test::Category(_) | Test::Value(Key::Devname, _));
+        let is_clear = |policy: &&Arc<Policy>| policy.deny.iter().all(|(its, _)| its.terms.iter().all(by_name));
+        if facts.device.identity.devpath.is_empty()
+            && let Some(policy) = self.policies.iter().find(|policy| !is_clear(policy))
+        {
+            return Some(format!(
+                "its driver is not loaded, so what the policy denies cannot be told: {}",
+                policy.place
+            ));
         }
         let denies = |policy: &Arc<Policy>| policy.deny.iter().find(|(selector, _)| selector.matches(facts)).cloned();
         if let Some((selector, place)) = self.policies.iter().find_map(denies) {

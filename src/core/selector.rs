@@ -28,7 +28,8 @@ use crate::core::seat;
 pub struct Selector {
     /// At least one, where it was read.
     pub terms: Vec<Term>,
-    /// Categories of devices that it never means: those that have to be enabled, and are not.
+    /// Categories of devices that it does not mean: of those that have to be enabled, the ones that are not or that it does
+    /// not ask for in so many words. `usb=` means a stick's tty, and not the stick's raw node.
     pub withheld: Vec<Arc<Category>>,
 }
 
@@ -117,7 +118,7 @@ impl Selector {
     /// The first term that does not match, or in words why none counts.
     pub fn failing(&self, facts: &Facts<'_>) -> Option<String> {
         if self.is_withheld(facts) {
-            return Some("devices of its kind have to be enabled in /etc/qm-hotplug/config.d".into());
+            return Some("devices of its kind have to be asked for by their category, and enabled on this host".into());
         }
         self.terms.iter().find(|term| !term.matches(facts)).map(ToString::to_string)
     }
@@ -129,6 +130,19 @@ impl Selector {
 }
 
 impl Term {
+    /// Whether it asks for that kind of devices in so many words.
+    pub(super) fn names(&self, category: &Category) -> bool {
+        !self.negated
+            && match &self.test {
+                Test::Category(its) => its.name == category.name,
+                Test::Value(Key::Subsystem, glob) => glob.literal().is_some(),
+                Test::Value(Key::Devname, glob) => {
+                    glob.to_string().starts_with(|one: char| one.is_alphanumeric() || one == '/')
+                }
+                _ => false,
+            }
+    }
+
     /// Whether the device is as the term wants it.
     pub fn matches(&self, facts: &Facts<'_>) -> bool {
         self.test.matches(facts) != self.negated
@@ -140,8 +154,12 @@ impl Test {
         match self {
             Test::Value(key, glob) => key.any(facts, &mut |value| glob.matches(value)),
             Test::Usb(globs) => facts.usb().is_some_and(|usb| {
-                let has = [Some(&usb.vendor_id), Some(&usb.product_id), usb.serial.as_ref(), usb.interface.as_ref()];
-                globs.iter().zip(has).all(|(glob, value)| glob.matches(value.map_or("", String::as_str)))
+                globs.iter().enumerate().all(|(at, glob)| match at {
+                    0 => glob.matches(&usb.vendor_id),
+                    1 => glob.matches(&usb.product_id),
+                    2 => glob.matches(&facts.usb_text("serial").unwrap_or_default()),
+                    _ => glob.matches(usb.interface.as_deref().unwrap_or_default()),
+                })
             }),
             Test::Category(category) => category.contains(facts.device),
             Test::Parent(terms) => facts.hubs().iter().any(|plugged| {
@@ -158,7 +176,6 @@ impl Key {
     /// Whether a value passes the test.
     fn any(&self, facts: &Facts<'_>, test: &mut dyn FnMut(&str) -> bool) -> bool {
         let device = facts.device;
-        let usb = |its: fn(&crate::core::facts::Usb) -> Option<&str>| facts.usb().and_then(its);
         match self {
             Key::Subsystem => test(&device.subsystem),
             Key::Devname => {
@@ -168,9 +185,9 @@ impl Key {
                     .any(|path| test(path) || path.strip_prefix("/dev/").is_some_and(&mut *test))
             }
             Key::Driver => facts.drivers().iter().any(|driver| test(driver)),
-            Key::Serial => either(facts.property("ID_SERIAL_SHORT"), usb(|usb| usb.serial.as_deref()), test),
-            Key::Model => named(facts.property("ID_MODEL"), usb(|usb| usb.product.as_deref()), test),
-            Key::Vendor => named(facts.property("ID_VENDOR"), usb(|usb| usb.manufacturer.as_deref()), test),
+            Key::Serial => either(facts.property("ID_SERIAL_SHORT"), || facts.usb_text("serial"), test),
+            Key::Model => named(facts.property("ID_MODEL"), || facts.usb_text("product"), test),
+            Key::Vendor => named(facts.property("ID_VENDOR"), || facts.usb_text("manufacturer"), test),
             Key::IdPath => facts.id_path().is_some_and(test),
             Key::Port => facts.usb().is_some_and(|usb| test(usb.port())),
             Key::Pci => facts.pci().iter().any(|place| test(place)),
@@ -183,13 +200,13 @@ impl Key {
     }
 }
 
-fn either(first: Option<&str>, second: Option<&str>, test: &mut dyn FnMut(&str) -> bool) -> bool {
-    first.is_some_and(&mut *test) || second.is_some_and(test)
+fn either(first: Option<&str>, second: impl Fn() -> Option<String>, test: &mut dyn FnMut(&str) -> bool) -> bool {
+    first.is_some_and(&mut *test) || second().is_some_and(|value| test(&value))
 }
 
 /// udev's form of a name, the name itself, and the name in udev's form: udev does not look at every node.
-fn named(of_udev: Option<&str>, own: Option<&str>, test: &mut dyn FnMut(&str) -> bool) -> bool {
-    either(of_udev, own, test) || own.is_some_and(|name| test(&in_udevs_form(name)))
+fn named(of_udev: Option<&str>, own: impl Fn() -> Option<String>, test: &mut dyn FnMut(&str) -> bool) -> bool {
+    either(of_udev, &own, test) || own().is_some_and(|name| test(&in_udevs_form(&name)))
 }
 
 /// As udev writes names of makers and models (`udev_replace_whitespace` and `udev_replace_chars` in systemd).

@@ -68,6 +68,8 @@ fn all_conditions_of_a_policy_must_fit() {
         ("owner = 0", true),
         ("owner = 1000", false),
         ("cgroup = '/machine.slice/*'", true),
+        ("cgroup = '/machine.slice'", true),
+        ("cgroup = '/machine'", false),
         ("cgroup = '/user.slice/*'", false),
         ("container = 'web'\nowner = 1000", false),
     ] {

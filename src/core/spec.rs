@@ -91,11 +91,15 @@ pub fn cgroup_path(spec: &Value) -> Option<String> {
     let path = spec.pointer("/linux/cgroupsPath")?.as_str()?;
     let mut parts = path.split(':');
     let (Some(slice), Some(prefix), Some(name), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
-        return Some(path.to_owned());
+        return Some(format!("/{}", path.trim_start_matches('/')));
     };
     // A slice `a-b.slice` is in `a.slice` (systemd.slice(5)).
-    let stem = slice.strip_suffix(".slice").unwrap_or(slice);
-    let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]).filter(|_| !stem.is_empty());
+    let stem = match slice.strip_suffix(".slice").unwrap_or(slice) {
+        "" => "system",
+        "-" => "",
+        stem => stem,
+    };
+    let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]).filter(|end| *end > 0);
     let slices: String = ends.map(|end| format!("/{}.slice", &stem[..end])).collect();
     let dash = if prefix.is_empty() { "" } else { "-" };
     Some(format!("{slices}/{prefix}{dash}{name}.scope"))

@@ -83,7 +83,9 @@ fn the_cgroup_is_where_systemd_or_the_runtime_makes_it() {
     for (path, expected) in [
         ("machine.slice:libpod:9414", "/machine.slice/libpod-9414.scope"),
         ("user-app.slice::x", "/user.slice/user-app.slice/x.scope"),
-        (":libpod:9414", "/libpod-9414.scope"),
+        (":libpod:9414", "/system.slice/libpod-9414.scope"),
+        ("-.slice:libpod:9414", "/libpod-9414.scope"),
+        ("libpod-9414", "/libpod-9414"),
         ("/libpod_parent/libpod-9414", "/libpod_parent/libpod-9414"),
     ] {
         assert_eq!(cgroup_path(&json!({"linux": {"cgroupsPath": path}})).as_deref(), Some(expected));

@@ -1,5 +1,7 @@
 //! From what a person or a runtime names to what can be worked on: a running container with a cgroup of its own.
 
+use std::os::fd::AsFd;
+
 use crate::core::container::{Container, Lookup, Reference, Runtime, find, short_id};
 use crate::core::ledger::Holder;
 use crate::core::policy::Subject;
@@ -138,7 +140,7 @@ pub fn subject(container: &Container, holder: Option<&Holder>, wants_image: bool
         names: container.name.iter().chain([&container.id]).cloned().collect(),
         // Whoever names its containers by such ids gives them other names, too.
         is_nameless: container.name.is_none() && short_id(&container.id) != container.id,
-        image: wants_image.then(stored).flatten().and_then(|stored| stored.image),
+        image: wants_image.then(stored).flatten().map(|stored| stored.image.unwrap_or_default()),
         owner: container.owner,
         cgroup: holder.map(|holder| holder.cgroup.clone()).or_else(|| container.cgroup.clone()).unwrap_or_default(),
     }
@@ -149,7 +151,8 @@ pub fn groups(container: &Container, host: Host) -> Result<String> {
     let label = container.label();
     let process = Process::open_same(container.pid, container.start_time)
         .ok_or_else(|| Error::ContainerExited(label.to_owned()))?;
-    let read = inside(label, &process, host, |inside| group::read(inside.root))?;
+    let descriptors = group::own_descriptors().map_err(Error::host("look at our own descriptors"))?;
+    let read = inside(label, &process, host, move |inside| group::read(inside.root, descriptors.as_fd()))?;
     read.map_err(|source| Error::InContainer {
         container: label.to_owned(),
         what: "read its /etc/group".into(),

@@ -52,11 +52,13 @@ fn value_of(key: &str, value: &spec::Annotation, categories: &Categories) -> std
 pub(super) fn subject(spec: &Value, wants_image: bool) -> Subject {
     let id = spec::container_id(spec);
     let stored = id.as_ref().and_then(|id| storage::look_up(id, &spec::storage_directories(spec, id)));
-    let stored = stored.unwrap_or_default();
+    // One that is made of a directory has no image, and that is known.
+    let image = stored.as_ref().map(|stored| stored.image.clone().unwrap_or_default());
+    let name = stored.and_then(|stored| stored.name);
     Subject {
-        is_nameless: stored.name.is_none(),
-        names: stored.name.into_iter().chain(id).collect(),
-        image: stored.image.filter(|_| wants_image),
+        is_nameless: name.is_none(),
+        names: name.into_iter().chain(id).collect(),
+        image: image.filter(|_| wants_image),
         owner: outer_user(),
         cgroup: spec::cgroup_path(spec).unwrap_or_default(),
     }
@@ -172,7 +174,8 @@ fn look(rule: &Rule, request: &Request<'_>, discovery: &dyn Discovery, begun: In
     let arrivals = Arrivals::listen()?;
     loop {
         let found = discovery.devices(rule, request)?;
-        if !found.devices.is_empty() || !arrivals.wait(deadline)? {
+        // What is there and refused is not waited for.
+        if !found.devices.is_empty() || !found.withheld.is_empty() || !arrivals.wait(deadline)? {
             return Ok(found);
         }
     }

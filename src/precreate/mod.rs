@@ -134,7 +134,7 @@ fn edit(
     let hooks = match hook {
         Some(hook) => vec![hook],
         None if of(&WAYLAND_CLIENT).is_empty() => vec![&DEVICE_MANAGER],
-        None if of(&DEVICE_MANAGER).is_empty() => vec![&WAYLAND_CLIENT],
+        None if of(&DEVICE_MANAGER).is_empty() && given.is_empty() => vec![&WAYLAND_CLIENT],
         None => vec![&DEVICE_MANAGER, &WAYLAND_CLIENT],
     };
     let obstacle =

@@ -48,7 +48,7 @@ pub fn parse(state: &str) -> Result<Container, String> {
             .map(|(key, value)| (key.into(), value.into()))
             .collect(),
         devices: named_devices(state.config.devices.as_ref()),
-        bundle: labels.iter().find_map(|label| label.strip_prefix("bundle=")).map(str::to_owned),
+        bundle: labels.iter().rev().find_map(|label| label.strip_prefix("bundle=")).map(str::to_owned),
         owner: 0,
     })
 }

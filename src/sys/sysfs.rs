@@ -4,8 +4,9 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
 
 use crate::core::device::Device;
 use crate::core::facts::Sysfs;
@@ -68,14 +69,25 @@ impl Sysfs for KernelSysfs {
     }
 }
 
+/// Beginnings of the names of binary attributes, which may have one page as well.
+const BINARY: [&str; 6] = ["config", "eeprom", "nvmem", "resource", "rom", "vpd"];
+
 /// An attribute that is text: those have one page (Documentation/filesystems/sysfs.rst) and say so by their size. Binary
 /// ones are not read: what is behind them (an EEPROM, ports of a PCI device) may be slow, or notice it. Nor is what the
 /// kernel lets root alone read (addresses, a machine's serial number): whoever may ask for a device by its attributes
 /// could find out their text, one character after the other.
 fn attribute(path: &str) -> Option<String> {
     let page = rustix::param::page_size() as u64;
-    let metadata = fs::symlink_metadata(path).ok()?;
-    if !metadata.is_file() || metadata.len() != page || metadata.mode() & 0o004 == 0 {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    if BINARY.iter().any(|beginning| name.starts_with(beginning)) {
+        return None;
+    }
+    // No link leads out of the device's directory.
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let place = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS).ok()?;
+    let stat = fstat(&place).ok()?;
+    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    if !is_file || stat.st_size as u64 != page || stat.st_mode & 0o004 == 0 {
         return None;
     }
     let mut text = Vec::new();
@@ -97,7 +109,12 @@ mod tests {
         assert_eq!(attribute("/sys/kernel/notes"), None, "binary");
         let of_root = "/sys/kernel/slab/kmalloc-64/objects";
         assert_eq!(attribute(of_root), None, "root alone may read it");
-        for none in ["/devices/virtual/mem/null/subsystem", "/devices/virtual/mem", "/devices/none"] {
+        for none in [
+            "/devices/virtual/mem/null/subsystem/zero/uevent",
+            "/devices/virtual/mem/null/subsystem",
+            "/devices/virtual/mem",
+            "/devices/none",
+        ] {
             assert_eq!(sysfs.read(none), None, "{none}");
         }
     }
