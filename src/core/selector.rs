@@ -116,6 +116,9 @@ impl Selector {
 
     /// The first term that does not match, or in words why none counts.
     pub fn failing(&self, facts: &Facts<'_>) -> Option<String> {
+        if is_forbidden(facts.device.number) {
+            return Some("it is the host itself, and no rule means it".into());
+        }
         if self.is_withheld(facts) {
             return Some("devices of its kind have to be enabled in /etc/qm-hotplug/config.d".into());
         }
