@@ -119,6 +119,8 @@ mod tests {
         assert_eq!(named(&tree, "/dev/net/tun").as_deref(), Ok("tun;devname=/dev/net/tun"));
         assert_eq!(named(&tree, "/dev/x,y*").as_deref(), Ok("subsystem=misc;devname=/dev/x?y?"));
         assert!(named(&tree, "/dev/bus/usb/001/002").unwrap_err().contains("enabled on this host"));
+        tree = tree.device("/devices/virtual/mem/kmsg", "mem", "/dev/kmsg", (1, 11));
+        assert!(named(&tree, "/dev/kmsg").unwrap_err().contains("the host itself"));
     }
 
     #[test]

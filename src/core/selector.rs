@@ -117,6 +117,9 @@ impl Selector {
 
     /// The first term that does not match, or in words why none counts.
     pub fn failing(&self, facts: &Facts<'_>) -> Option<String> {
+        if is_forbidden(facts.device.number) {
+            return Some("it is the host itself, and no rule means it".into());
+        }
         if self.is_withheld(facts) {
             return Some("devices of its kind have to be asked for by their category, and enabled on this host".into());
         }

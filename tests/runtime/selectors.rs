@@ -20,6 +20,8 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 pub(crate) const ONCE: &[CaseOnce] = &[
+    ("selectors::of_two_at_start_the_first_has_the_name", of_two_at_start_the_first_has_the_name),
+    ("selectors::what_went_before_the_agent_came_is_withdrawn", what_went_before_the_agent_came_is_withdrawn),
     ("selectors::names_that_begin_alike_and_number_zero", names_that_begin_alike_and_number_zero),
     ("selectors::a_selector_that_podman_has_cut_stands_for_nothing", a_selector_that_podman_has_cut_stands_for_nothing),
 ];
@@ -231,17 +233,22 @@ fn without_what_is_required_there_is_no_start(runtime: &str) {
 }
 
 fn who_has_it_exclusively_has_it_alone(runtime: &str) {
-    let agent = Agent::start();
-    let (x, mine) = (asks("x", "devname=vcsa51;exclusive"), "/dev/vcsa51");
+    let (x, mine, device) = (asks("x", "devname=vcsa51;exclusive"), "/dev/vcsa51", console(51));
     let names = ["first", "second", "shares", "late"].map(|name| format!("qmh-alone-{name}-{runtime}"));
-    let first = Container::start(runtime, &names[0], &[&x]);
-    let second = Container::start(runtime, &names[1], &[&x]);
-    wait_for("the agent to know both", || qm(&["ps"]).stdout.matches("qmh-alone-").count() == 2);
-    let _device = console(51);
+    // Without an agent nobody knows who has it. The agent leaves it to the one that was first.
+    let first = start_with_hook(runtime, &names[0], &[&x]);
+    let second = start_with_hook(runtime, &names[1], &[&x]);
+    assert!(first.node(mine).is_some() && second.node(mine).is_some());
+    by_hand(&second, "c 7 179");
+    let agent = Agent::start();
+    assert!(first.opens("<>", mine) && second.look(mine).is_none() && refused(&second));
+    device.unplug();
+    wait_for("it to go", || grants().is_empty() && first.look(mine).is_none());
+    device.again();
     let told = |who: &str| format!("container {who} has it, and only one may: it is free when that ends");
     wait_for("the grant", || first.node(mine).is_some());
     wait_for("a line", || agent.log().contains(&format!("{mine} not granted at {mine}: {}", told(&names[0]))));
-    assert!(first.opens("<>", mine) && second.look(mine).is_none());
+    assert!(first.opens("<>", mine) && second.look(mine).is_none() && refused(&second));
     assert_eq!(grants().len(), 1);
 
     // Nobody else gets it: by hand, by a rule that would share it, or at its start.
@@ -327,4 +334,51 @@ fn a_selector_that_podman_has_cut_stands_for_nothing() {
     assert!(std::fs::read_to_string(HOOK_LOG).unwrap().contains(advice));
     assert!(agent.log().contains(advice), "{}", agent.log());
     assert_eq!((listed(&c).len(), c.look("/dev/vcsa1").is_none()), (8, true));
+}
+
+fn of_two_at_start_the_first_has_the_name() {
+    let devices = [console(52), console(51)];
+    let x = asks("x", "devname=vcsa5[12];as=/dev/screen;access=r");
+    let c = start_with_hook("runc", "qmh-two-at-start", &[&x]);
+    let is_read_only = |number: &str| {
+        assert!(c.node("/dev/screen").is_some_and(|node| node.starts_with(&format!("c {number} "))), "{number}");
+        assert_eq!((c.open("<", "/dev/screen"), c.open(">", "/dev/screen")), (Ok(()), REFUSED.map_err(Into::into)));
+    };
+    is_read_only("7:179");
+    let log = std::fs::read_to_string(HOOK_LOG).unwrap();
+    assert!(log.contains("Not adding device: /dev/vcsa52: /dev/screen is another device's already"), "{log}");
+    let agent = Agent::start();
+    let waiting = "/dev/vcsa52 not granted at /dev/screen: /dev/screen is /dev/vcsa51 there";
+    assert!(agent.log().contains(waiting), "{}", agent.log());
+    assert_eq!(listed(&c), ["/dev/screen /dev/vcsa51 start"]);
+    devices[1].unplug();
+    wait_for("the other one", || listed(&c) == ["/dev/screen /dev/vcsa52 rule:x"]);
+    is_read_only("7:180");
+    agent.stop();
+}
+
+fn what_went_before_the_agent_came_is_withdrawn() {
+    let device = tap_with("02:00:00:00:00:51");
+    let numbers = device.numbers();
+    let x = asks("x", "subsystem=macvtap;attrs.address=02:00:00:00:00:51;as=/dev/screen;link=/dev/by/one");
+    let gone = start_with_hook("crun", "qmh-went-early", &[&x]);
+    assert!(gone.opens("<>", "/dev/by/one"));
+    by_hand(&gone, &numbers);
+    device.unplug();
+    let agent = Agent::start();
+    assert!(gone.look("/dev/screen").is_none() && gone.look("/dev/by/one").is_none() && refused(&gone));
+    agent.stop();
+    // The same where another device has its number.
+    let device = tap_with("02:00:00:00:00:51");
+    let other = start_with_hook("runc", "qmh-went-early-2", &[&x]);
+    assert!(other.opens("<>", "/dev/by/one"));
+    by_hand(&other, &numbers);
+    device.unplug();
+    let device = tap_with("02:00:00:00:00:52");
+    let agent = Agent::start();
+    assert_eq!(device.numbers(), numbers);
+    for c in [&gone, &other] {
+        assert!(c.look("/dev/screen").is_none() && c.look("/dev/by/one").is_none() && refused(c), "{}", c.name);
+    }
+    agent.stop();
 }
