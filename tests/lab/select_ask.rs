@@ -70,11 +70,11 @@ fn a_start_that_needs_a_device(vm: &Vm) {
     start(vm, &asks(vm, "needed", "usb=0403:6001:Z9,as=/dev/needed,required,wait=30s"), log);
     vm.wait_ok("the hook", SECONDS_10, "grep -ls [p]recreate /proc/[0-9]*/cmdline");
     let _z9 = stick(vm, "Z9", "5");
-    let told = vm.wait_ok("the container's end", A_START, &format!("grep status {log} && cat {log}"));
+    let told = vm.wait_ok("the container's end", A_START, &format!("grep ^status {log} && cat {log}"));
     assert!(told.contains("opens") && told.contains("status 0"), "{told}");
 
     start(vm, &asks(vm, "needed", "serial=nobody,as=/dev/needed,required,wait=1s"), log);
-    let told = vm.wait_ok("the container's end", A_START, &format!("grep status {log} && cat {log}"));
+    let told = vm.wait_ok("the container's end", A_START, &format!("grep ^status {log} && cat {log}"));
     eprintln!("    told: {told}");
     assert!(!told.contains("opens") && !told.contains("status 0"), "{told}");
     vm.ok("journalctl --sync; journalctl -o json SYSLOG_IDENTIFIER=qm-hotplug | grep needs | grep serial=nobody");
@@ -97,7 +97,7 @@ fn by_command(vm: &Vm) {
     let _other = stick(vm, "D4", "6");
     assert_eq!(vm.ok(&format!("cat {log}")), "", "it waits for another one");
     let c3 = stick(vm, "C3", "5");
-    let told = vm.wait_ok("attach", SECONDS_10, &format!("grep status {log} && cat {log}"));
+    let told = vm.wait_ok("attach", A_START, &format!("grep ^status {log} && cat {log}"));
     assert!(told.contains("status 0"), "{told}");
     assert_has(vm, &container, &[("/dev/told".into(), "/dev/ttyUSB1")], "that a person gave it to");
     run("detach told-crun /dev/told", 0);
