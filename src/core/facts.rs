@@ -1,6 +1,8 @@
 //! What selectors ask of a device: its udev properties, and the directories of `/sys` that it and all above it have.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
 
 use crate::core::device::Device;
 
@@ -34,6 +36,7 @@ struct Found {
     drivers: OnceCell<Vec<String>>,
     pci: OnceCell<Vec<String>>,
     id_path: OnceCell<Option<String>>,
+    attributes: RefCell<HashMap<String, Rc<[String]>>>,
     hubs: OnceCell<Vec<Vec<Other>>>,
     family: OnceCell<Vec<Other>>,
 }
@@ -151,8 +154,13 @@ impl<'a> Facts<'a> {
     }
 
     /// An attribute of the device and of all above it.
-    pub fn attributes(&self, name: &str) -> impl Iterator<Item = String> {
-        self.ancestry().filter_map(move |path| self.sysfs.read(&format!("{path}/{name}")))
+    pub fn attributes(&self, name: &str) -> Rc<[String]> {
+        if let Some(known) = self.found().attributes.borrow().get(name) {
+            return known.clone();
+        }
+        let all: Rc<[String]> = self.ancestry().filter_map(|path| self.sysfs.read(&format!("{path}/{name}"))).collect();
+        self.found().attributes.borrow_mut().insert(name.to_owned(), all.clone());
+        all
     }
 
     /// The USB hubs above the device, each with what is plugged into it, but for other hubs; the hub comes first.
@@ -343,7 +351,7 @@ pub(crate) mod tests {
         assert_eq!(stick.pci(), ["0000:00:02.0", "00:02.0", "02.0", "0000:01:03.1", "01:03.1", "02.0/03.1"]);
         let keyboard = facts("/dev/input/event3");
         assert_eq!(keyboard.usb_text("serial"), None, "not the controller's");
-        assert_eq!(keyboard.attributes("name").collect::<Vec<_>>(), ["QEMU QEMU USB Keyboard"]);
+        assert_eq!(*keyboard.attributes("name"), ["QEMU QEMU USB Keyboard"]);
         assert_eq!(keyboard.attribute("name"), None);
         assert_eq!(keyboard.attribute("dev").as_deref(), Some("13:67"));
         let family: Vec<_> = facts("/dev/hidraw0").family().iter().map(|other| other.device.node.clone()).collect();

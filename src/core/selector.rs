@@ -198,7 +198,7 @@ impl Key {
             Key::Tag => seat::tags(device).any(test),
             Key::Env(name) => facts.property(name).is_some_and(test),
             Key::Attr(name) => facts.attribute(name).is_some_and(|value| test(&value)),
-            Key::Attrs(name) => facts.attributes(name).any(|value| test(&value)),
+            Key::Attrs(name) => facts.attributes(name).iter().any(|value| test(value)),
         }
     }
 }

@@ -72,6 +72,9 @@ impl Sysfs for KernelSysfs {
 /// Beginnings of the names of binary attributes, which may have one page as well.
 const BINARY: [&str; 6] = ["config", "eeprom", "nvmem", "resource", "rom", "vpd"];
 
+/// What is longer, in bytes, is a list of things and nobody's name for a device; globs take that times their own length.
+const LONGEST: usize = 1024;
+
 /// An attribute that is text: those have one page (Documentation/filesystems/sysfs.rst) and say so by their size. Binary
 /// ones are not read: what is behind them (an EEPROM, ports of a PCI device) may be slow, or notice it. Nor is what the
 /// kernel lets root alone read (addresses, a machine's serial number): whoever may ask for a device by its attributes
@@ -92,7 +95,7 @@ fn attribute(path: &str) -> Option<String> {
     }
     let mut text = Vec::new();
     File::open(path).and_then(|file| file.take(page).read_to_end(&mut text)).ok()?;
-    Some(String::from_utf8_lossy(&text).trim_end().to_owned())
+    Some(String::from_utf8_lossy(&text).trim_end().to_owned()).filter(|text| text.len() <= LONGEST)
 }
 
 #[cfg(test)]
@@ -116,6 +119,13 @@ mod tests {
             "/devices/none",
         ] {
             assert_eq!(sysfs.read(none), None, "{none}");
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (length, is_read) in [(LONGEST, true), (LONGEST + 1, false)] {
+            let text = format!("{}{}", "a".repeat(length), "\n".repeat(rustix::param::page_size() - length));
+            fs::write(&file, text).unwrap();
+            fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+            assert_eq!(attribute(file.path().to_str().unwrap()).is_some(), is_read, "{length}");
         }
     }
 }

@@ -37,14 +37,14 @@ pub fn figures() -> Vec<Figure> {
 
 /// What containers can make an event cost at most: as many of the dearest terms as they may have.
 fn hostile<S: Sysfs>(device: &Device, look: impl Fn() -> S) -> Vec<Figure> {
-    let terms = |term: &dyn Fn(usize) -> String| {
-        ["tty".to_owned()].into_iter().chain((1..32).map(term)).collect::<Vec<_>>().join(",")
+    let terms = |count: usize, term: &dyn Fn(usize) -> String| {
+        ["tty".to_owned()].into_iter().chain((0..count).map(term)).collect::<Vec<_>>().join(",")
     };
-    let parents = terms(&|at| format!("parent!=usb=05e3:{at:04x}"));
-    let attributes = terms(&|at| format!("attrs.x{at}!=1"));
-    let globs = terms(&|at| format!("attrs.long!=\"*{}{at}\"", "?".repeat(100)));
+    let parents = terms(15, &|at| format!("parent!=usb=05e3:{at:04x}"));
+    let attributes = terms(31, &|at| format!("attrs.x{at}!=1"));
+    let globs = terms(31, &|at| format!("attrs.long!=\"*{}{at}\"", "?".repeat(100)));
     let mut figures = Vec::new();
-    for (name, text) in [("31 parent=", &parents), ("31 attrs.", &attributes), ("31 long globs", &globs)] {
+    for (name, text) in [("15 parent=", &parents), ("31 attrs.", &attributes), ("31 long globs", &globs)] {
         // As many as one container may have.
         let count = ((16 << 10) / text.len()).min(64);
         let asked = (0..count).map(|at| (format!("{HOTPLUG_PREFIX}rule{at}"), format!("{text},as=/dev/x{at}")));
@@ -142,8 +142,8 @@ impl Bench {
         bench.usb("", "1d6b", "09", 1);
         bench.usb("/1-1", "05e3", "09", 2);
         bench.usb("/1-1/1-1.2", "05e3", "09", 3);
-        // As long as an attribute can be.
-        bench.file("", "long", &"a".repeat(4095));
+        // As long as an attribute can be that counts.
+        bench.file("", "long", &"a".repeat(1023));
         for (at, hub) in ["/1-1/1-1", "/1-1/1-1.2/1-1.2"].into_iter().enumerate() {
             for port in 3..6 {
                 let (path, minor) = (format!("{hub}.{port}"), (10 * at + port) as u32);
@@ -188,6 +188,7 @@ impl Bench {
             (0..25).map(|at| (format!("ID_PROPERTY_{at}"), "some value".to_owned())).collect();
         let link = format!("/dev/serial/by-id/usb-Silicon_Labs_CP2102_A{minor:06}-if00-port0");
         properties.insert("DEVLINKS".into(), format!("{link} /dev/serial/by-path/pci-0000:00:14.0-usb-0:{minor}:1.0"));
+        properties.insert("ID_PATH".into(), format!("pci-0000:00:14.0-usb-0:{minor}:1.0"));
         let device = Device {
             number: Number { kind: Kind::Char, major, minor },
             identity: Identity { devpath: devpath.clone(), inode: 1, diskseq: None },
@@ -204,7 +205,9 @@ impl Bench {
     fn file(&self, path: &str, name: &str, text: &str) {
         let directory = format!("{PLACE}{ROOT}{path}");
         std::fs::create_dir_all(&directory).unwrap();
-        std::fs::write(Path::new(&directory).join(name), format!("{text}\n")).unwrap();
+        // The size of all attributes that are text; white space at the end does not count.
+        let page = rustix::param::page_size();
+        std::fs::write(Path::new(&directory).join(name), text.to_owned() + &"\n".repeat(page - text.len())).unwrap();
     }
 
     fn link(&self, path: &str, name: &str, to: &str) {
