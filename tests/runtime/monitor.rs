@@ -135,17 +135,19 @@ fn a_refused_open_is_told_with_its_annotation(runtime: &str) {
     }
     assert_eq!(after.open("<>", "/dev/mine"), Err("Operation not permitted".into()));
     assert_eq!(all.json(), refused(&after, "rw"));
-    // One that no annotation gives, and one that the host does not have.
+    // One that only a selector gives, and one that the host does not have.
     before.past_the_filter("mknod /dev/tty9 c 4 9; mknod /dev/none b 4000 7").ok();
-    for (path, kind, device, numbers) in
-        [("/dev/tty9", "char", json!("/dev/tty9"), (4, 9)), ("/dev/none", "block", Value::Null, (4000, 7))]
-    {
+    let selector = "org.containers.qm.hotplug.tty9=subsystem=tty;devname=/dev/tty9";
+    for (path, kind, device, annotation, numbers) in [
+        ("/dev/tty9", "char", json!("/dev/tty9"), json!(selector), (4, 9)),
+        ("/dev/none", "block", Value::Null, Value::Null, (4000, 7)),
+    ] {
         assert_eq!(before.open("<", path), Err("Operation not permitted".into()));
         let told = all.json();
-        assert_eq!((&told["kind"], &told["device"], &told["annotation"]), (&json!(kind), &device, &Value::Null));
+        assert_eq!((&told["kind"], &told["device"], &told["annotation"]), (&json!(kind), &device, &annotation));
         assert_eq!((&told["major"], &told["minor"]), (&json!(numbers.0), &json!(numbers.1)));
     }
-    assert!(text.line().ends_with("c 4:9 /dev/tty9 (r)"));
+    assert!(text.line().ends_with(&format!("c 4:9 /dev/tty9 (r); the annotation {selector} would allow it")));
     assert!(text.line().ends_with("b 4000:7 (r)"));
     text.is_silent();
     // In the log a device is told once in ten seconds.

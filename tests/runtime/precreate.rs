@@ -27,6 +27,7 @@ const ASKS: [&str; 2] = ["--annotation", "org.containers.qm.device.ttys=true"];
 /// A hooks directory of ours. The hook is called for every container.
 pub(crate) fn hooks() -> String {
     let hooks = place().join("hooks");
+    let _ = std::fs::remove_dir_all(&hooks);
     std::fs::create_dir_all(&hooks).unwrap();
     let hook = serde_json::json!({
         "version": "1.0.0",
