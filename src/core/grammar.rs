@@ -9,7 +9,7 @@ use crate::core::destination;
 use crate::core::device::Access;
 use crate::core::facts::pci_place;
 use crate::core::glob::Glob;
-use crate::core::selection::{Group, Options, Selection, duration};
+use crate::core::selection::{Group, Options, Selection, duration, number};
 use crate::core::selector::{KEYS, Key, Selector, Term, Test};
 use crate::core::text::excerpt;
 
@@ -389,11 +389,6 @@ impl Reader<'_> {
         let is_name = name.split('/').all(is_plain);
         if is_name { Ok(name) } else { Err(self.error_at(at, format!("'{name}' is no name of a sysfs attribute"))) }
     }
-}
-
-/// The number of a user or a group. The highest one is none: to chown(2) it means to change nothing.
-fn number(value: &str) -> Option<u32> {
-    value.parse().ok().filter(|number| *number != u32::MAX)
 }
 
 #[cfg(test)]

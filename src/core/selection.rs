@@ -169,6 +169,11 @@ pub fn duration(text: &str) -> Option<Duration> {
     }
 }
 
+/// The number of a user or a group. The highest one is none: to chown(2) it means to change nothing.
+pub(super) fn number(value: &str) -> Option<u32> {
+    value.parse().ok().filter(|number| *number != u32::MAX)
+}
+
 impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut items = Vec::new();
