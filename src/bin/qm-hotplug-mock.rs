@@ -51,7 +51,7 @@ impl Discovery for Environment {
         let lists: Vec<String> =
             names.iter().filter_map(|name| env::var(format!("TEST_MOCK_{name}_DEVICES")).ok()).collect();
         if lists.is_empty() {
-            return Host.devices(rule, request);
+            return Host::default().devices(rule, request);
         }
         let mut found = Found::default();
         for path in lists.iter().flat_map(|list| list.split(',')).filter(|path| !path.is_empty()) {

@@ -91,7 +91,7 @@ pub fn run(cli: Cli) -> Result<()> {
 
 /// Acts as one of containers/qm's hooks, or as both.
 pub fn precreate(hook: Option<&'static Hook>) -> Result<()> {
-    let around = Surroundings { discovery: &Host, log: None };
+    let around = Surroundings { discovery: &Host::default(), log: None };
     precreate::run(hook, &around, &mut std::io::stdin().lock(), &mut std::io::stdout().lock())
 }
 

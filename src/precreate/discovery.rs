@@ -1,5 +1,6 @@
 //! The devices that a rule stands for when a container starts.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 
@@ -45,8 +46,11 @@ pub trait Discovery {
 }
 
 /// The host's `/dev` for categories, and udev's database for seats and selectors.
-#[derive(Debug)]
-pub struct Host;
+#[derive(Debug, Default)]
+pub struct Host {
+    /// All devices, looked at once for all selectors that do not say where to look.
+    all: OnceCell<Vec<Device>>,
+}
 
 impl Discovery for Host {
     fn devices(&self, rule: &Rule, request: &Request<'_>) -> io::Result<Found> {
@@ -72,7 +76,7 @@ impl Discovery for Host {
                     let nodes = nodes.iter().map(|node| SpecDevice::new(device.number, node, rule.access()));
                     Some((nodes.collect(), Some(device)))
                 };
-                candidates(selection)?.into_iter().filter_map(nodes).collect()
+                self.candidates(selection)?.into_iter().filter_map(nodes).collect()
             }
         };
         let (held, mut taken) = (held(), request.taken.clone());
@@ -99,31 +103,43 @@ impl Discovery for Host {
     }
 }
 
-/// The devices that the selector may mean, sorted as the agent has them.
-fn candidates(selection: &Selection) -> io::Result<Vec<Device>> {
-    // A look at all devices of a host takes milliseconds; most selectors say in which part of it to look.
-    let narrow = selection.selector.terms.iter().filter(|term| !term.negated && !selection.options.children);
-    let mut found = None;
-    for term in narrow {
-        match &term.test {
-            Test::Category(category) => {
-                let nodes = devfs::nodes(category);
-                found =
-                    Some(nodes.iter().filter_map(|node| udev::by_settled_path(&node.path).ok()).collect::<Vec<_>>());
-                break;
-            }
-            Test::Value(Key::Subsystem, glob) => {
-                if let Some(name) = glob.literal() {
-                    found = Some(udev::scan_subsystem(&name)?);
+impl Host {
+    /// The devices that the selector may mean, sorted as the agent has them.
+    fn candidates(&self, selection: &Selection) -> io::Result<Vec<Device>> {
+        // A look at all devices of a host takes milliseconds; most selectors say in which part of it to look.
+        let narrow = selection.selector.terms.iter().filter(|term| !term.negated && !selection.options.children);
+        let mut found = None;
+        for term in narrow {
+            match &term.test {
+                Test::Category(category) => {
+                    let nodes = devfs::nodes(category);
+                    found = Some(
+                        nodes.iter().filter_map(|node| udev::by_settled_path(&node.path).ok()).collect::<Vec<_>>(),
+                    );
                     break;
                 }
+                Test::Value(Key::Subsystem, glob) => {
+                    if let Some(name) = glob.literal() {
+                        found = Some(udev::scan_subsystem(&name)?);
+                        break;
+                    }
+                }
+                _ => {}
             }
-            _ => {}
         }
+        let mut found = match (found, self.all.get()) {
+            (Some(found), _) => found,
+            // Whoever waits wants to see what is new.
+            (None, Some(all)) if selection.options.wait.is_none() => all.clone(),
+            (None, _) => {
+                let all = udev::scan()?;
+                let _ = self.all.set(all.clone());
+                all
+            }
+        };
+        found.sort_by(|a, b| a.identity.devpath.cmp(&b.identity.devpath));
+        Ok(found)
     }
-    let mut found = found.map_or_else(udev::scan, Ok)?;
-    found.sort_by(|a, b| a.identity.devpath.cmp(&b.identity.devpath));
-    Ok(found)
 }
 
 fn gid(selection: &Selection, root: Option<&str>) -> Result<Option<u32>, String> {
