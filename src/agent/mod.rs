@@ -112,6 +112,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
                     let Ok(next) = news.try_recv() else { break };
                     hear(&mut executor, &mut registry, &mut refusals, next);
                 }
+                reconcile::catch_up(&mut executor, &mut registry);
                 refusals.follow(&mut executor, &registry);
                 notify(&[NotifyState::Status(&status(&executor, &registry))]);
             }
@@ -186,6 +187,7 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
         if is_detach {
             let gone: Vec<Entry> = before.into_iter().filter(|entry| !after.contains(entry)).collect();
             reconcile::freed(executor, registry, &gone);
+            reconcile::catch_up(executor, registry);
         }
     }
     result.unwrap_or_else(|error| {

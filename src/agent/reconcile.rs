@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Instant;
 
-use crate::agent::registry::{Known, Registry};
+use crate::agent::registry::{Known, Later, Registry};
 use crate::core::device::{Device, Kind, Number};
 use crate::core::event::{Changed, Event};
 use crate::core::facts::{Facts, usb_bus};
@@ -11,7 +11,6 @@ use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement, Withdrawal};
 use crate::core::matcher;
 use crate::core::plan::{Change, changes};
 use crate::core::rule::Rule;
-use crate::core::selection::Selection;
 use crate::core::uevent::Uevent;
 use crate::core::withdrawal::{self, Presence};
 use crate::ops::Executor;
@@ -61,7 +60,7 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     let has_gone = |entry: &Entry| !desired.iter().any(|grant| grant.is_same(&entry.grant));
     let gone: Vec<Entry> = observed.into_iter().filter(has_gone).collect();
     freed(executor, registry, &gone);
-    look_around(executor, registry, &devpath, |_| false, since);
+    look_around(registry, &devpath, since);
 }
 
 /// A device is gone: from all containers.
@@ -74,31 +73,33 @@ pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event:
     settle_withdrawals(executor, registry, &[], |_, its| its == event.number, Some(event.number));
     carry_out(executor, registry, &[], &from_start, |_| true, Some(since));
     registry.devices.remove(devpath);
-    // Another device may have waited for the path that this one had.
-    let had_path = |known: &Known| {
-        let is_its = |entry: &Entry| entry.grant.holder.id == known.container.id;
-        from_start.iter().chain(&others).any(is_its) && known.selections().any(Selection::has_fixed_paths)
-    };
-    look_around(executor, registry, devpath, had_path, since);
+    let waiting = registry.waiting.borrow().clone();
+    let gone = from_start.iter().chain(&others).map(|entry| &entry.grant.holder.id);
+    registry.later.ids.extend(gone.filter(|id| waiting.contains(*id)).cloned());
+    look_around(registry, devpath, since);
 }
 
-/// Looks again at the containers that pass the test, and at those whose rules look at other devices, too: at what is on
-/// the same USB bus, since no rule looks further.
-fn look_around(
-    executor: &mut Executor,
-    registry: &mut Registry,
-    devpath: &str,
-    test: impl Fn(&Known) -> bool,
-    since: Instant,
-) {
-    let ids = |test: &dyn Fn(&Known) -> bool| -> BTreeSet<String> {
-        registry.containers.iter().filter(|(_, known)| test(known)).map(|(id, _)| id.clone()).collect()
-    };
-    let whole = ids(&test);
-    let bus = usb_bus(devpath).map(|bus| (bus, ids(&Known::looks_around)));
-    all_of(executor, registry, &whole, "", since);
-    if let Some((bus, looking)) = bus {
-        all_of(executor, registry, &looking, bus, since);
+/// Containers whose rules look at other devices, too, are looked at again: at what is on the same USB bus, since no rule
+/// looks further.
+fn look_around(registry: &mut Registry, devpath: &str, since: Instant) {
+    registry.later.since.get_or_insert(since);
+    if let Some(bus) = usb_bus(devpath)
+        && !registry.later.buses.contains(bus)
+        && registry.containers.values().any(Known::looks_around)
+    {
+        registry.later.buses.insert(bus.to_owned());
+    }
+}
+
+/// What events have left to be looked at again, once for all of them.
+pub(super) fn catch_up(executor: &mut Executor, registry: &mut Registry) {
+    let Later { ids, buses, since } = std::mem::take(&mut registry.later);
+    let since = since.unwrap_or_else(Instant::now);
+    all_of(executor, registry, &ids, "", since);
+    if !buses.is_empty() {
+        let looking = registry.containers.iter().filter(|(_, known)| known.looks_around());
+        let looking: BTreeSet<String> = looking.map(|(id, _)| id.clone()).collect();
+        buses.iter().for_each(|bus| all_of(executor, registry, &looking, bus, since));
     }
 }
 
@@ -116,6 +117,9 @@ pub(super) fn container(executor: &mut Executor, registry: &mut Registry, direct
 fn all_of(executor: &mut Executor, registry: &mut Registry, ids: &BTreeSet<String>, place: &str, since: Instant) {
     if !ids.iter().any(|id| registry.containers.contains_key(id)) {
         return;
+    }
+    if place.is_empty() {
+        registry.waiting.borrow_mut().retain(|id| !ids.contains(id));
     }
     let is_there = |devpath: &str| devpath.starts_with(place);
     let is_one = |entry: &Entry| ids.contains(&entry.grant.holder.id) && is_there(&entry.grant.device.identity.devpath);
@@ -159,10 +163,9 @@ pub(super) fn freed(executor: &mut Executor, registry: &mut Registry, gone: &[En
         let devices: Vec<Device> = devices.iter().filter_map(|path| registry.devices.get(*path)).cloned().collect();
         devices.into_iter().for_each(|device| plugged(executor, registry, device, Instant::now()));
     }
-    let has_paths =
-        |id: &&String| registry.containers.get(*id).is_some_and(|its| its.selections().any(Selection::has_fixed_paths));
-    let ids: BTreeSet<String> = gone.iter().map(|entry| &entry.grant.holder.id).filter(has_paths).cloned().collect();
-    all_of(executor, registry, &ids, "", Instant::now());
+    let waiting = registry.waiting.borrow().clone();
+    let ids = gone.iter().map(|entry| &entry.grant.holder.id).filter(|id| waiting.contains(*id));
+    registry.later.ids.extend(ids.cloned());
 }
 
 /// Withdraws what runtimes granted at a container's start where that is due, and lets it hold again where not: for the
@@ -285,6 +288,7 @@ fn wanted(
     let counts = |entry: &&&Entry| in_force(entry) && !is_unplugged(entry);
     let in_force: Vec<Grant> = near.values().filter(counts).map(|entry| entry.grant.clone()).collect();
     let (kept, lost) = matcher::settle(grants, &in_force, has);
+    registry.waiting.borrow_mut().extend(lost.iter().map(|lost| lost.grant.holder.id.clone()));
     for (grant, reason) in lost.iter().filter_map(|lost| Some((&lost.grant, lost.reason()?))) {
         let text = format!("{} not granted at {}: {reason}", grant.device.node, grant.node.path);
         registry.said.once(&grant.holder.id, grant.holder.label(), text);

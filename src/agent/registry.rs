@@ -2,6 +2,7 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Instant;
 
 use crate::agent::monitors::Monitors;
 use crate::agent::watch::Watched;
@@ -107,6 +108,17 @@ impl Said {
     }
 }
 
+/// What events have left to be looked at again.
+#[derive(Debug, Default)]
+pub(super) struct Later {
+    /// Containers, by id.
+    pub(super) ids: BTreeSet<String>,
+    /// USB buses, by the beginning of their devices' `DEVPATH`.
+    pub(super) buses: BTreeSet<String>,
+    /// When the first of these events was read.
+    pub(super) since: Option<Instant>,
+}
+
 /// Devices and containers.
 #[derive(Debug)]
 pub(super) struct Registry {
@@ -121,6 +133,10 @@ pub(super) struct Registry {
     settings: Settings,
     /// What was said already.
     pub(super) said: Said,
+    /// Ids of the containers that did not get what another one has, or another device of theirs.
+    pub(super) waiting: RefCell<BTreeSet<String>>,
+    /// What is to be looked at again after the events that are at hand.
+    pub(super) later: Later,
     pub(super) watched: Watched,
     /// Those who are told of changes.
     pub(super) monitors: Monitors,
@@ -139,6 +155,8 @@ impl Registry {
             cgroups: BTreeSet::new(),
             settings,
             said: Said::default(),
+            waiting: RefCell::default(),
+            later: Later::default(),
             watched,
             monitors: Monitors::new(),
         }
@@ -262,6 +280,7 @@ impl Registry {
         if let Some(id) = known {
             self.containers.remove(&id);
             self.said.forget(&id);
+            self.waiting.borrow_mut().remove(&id);
             return Some(id);
         }
         let id = self.others.iter().find(|(_, (_, its_token))| *its_token == token).map(|(id, _)| id.clone())?;

@@ -118,11 +118,6 @@ impl Selection {
         self.options.children || self.selector.looks_around()
     }
 
-    /// Whether several devices may want one path.
-    pub fn has_fixed_paths(&self) -> bool {
-        self.options.path.is_some() || !self.options.links.is_empty() || self.options.udev_links
-    }
-
     /// The nodes that the container gets for a device: the device's own first, then the links to it. `gid` is the
     /// number of the group that the options name, if they do.
     pub fn nodes(&self, device: &Device, how: Matched, gid: Option<u32>) -> Vec<Node> {

@@ -60,6 +60,7 @@ impl Executor {
     ///
     /// What cannot even be taken back stays in the ledger as left over, and the error says so.
     pub fn carry_out(&mut self, change: &Change) -> Result<Placement> {
+        let change = &self.with_directories(change)?;
         let mut undo: Vec<Step> = Vec::new();
         let mut placement = Placement::Pending;
         for step in change.steps(self.ledger.entries()) {
@@ -82,6 +83,19 @@ impl Executor {
             return Err(self.take_back(undo, change, first));
         }
         Ok(placement)
+    }
+
+    /// For a removal: the entry as the ledger has it now. The directories that were made for it and that hold other
+    /// nodes of ours are these nodes' from now on: the last one takes them along.
+    fn with_directories(&mut self, change: &Change) -> Result<Change> {
+        let Change::Remove { entry, unplugged } = change else { return Ok(change.clone()) };
+        let entry = self.ledger.entries().iter().find(|its| its.grant.is_same(&entry.grant)).unwrap_or(entry).clone();
+        if let Placement::Ours(directories) = &entry.placement
+            && !directories.is_empty()
+        {
+            self.ledger.hand_on(&entry.grant, directories)?;
+        }
+        Ok(Change::Remove { entry, unplugged: *unplugged })
     }
 
     /// Takes back what was done. A removal is not undone (its node may be gone for good): it stays recorded as left over.

@@ -89,6 +89,30 @@ impl Store {
         self.write(&grant.holder.id)
     }
 
+    /// Gives the directories that were made for a grant to other grants of the same container that have a node of ours in
+    /// them.
+    pub fn hand_on(&mut self, grant: &Grant, directories: &[String]) -> Result<()> {
+        let is_below = |path: &str, directory: &str| path.strip_prefix(directory).is_some_and(|it| it.starts_with('/'));
+        let mut has_changed = false;
+        for directory in directories {
+            let other = self.entries.iter_mut().find_map(|entry| {
+                let its = &entry.grant;
+                let is_in = its.holder.is_same_run(&grant.holder) && is_below(&its.node.path, directory);
+                match &mut entry.placement {
+                    Placement::Ours(its_directories) if is_in && !entry.grant.is_same(grant) => Some(its_directories),
+                    _ => None,
+                }
+            });
+            if let Some(others) = other.filter(|others| !others.contains(directory)) {
+                // Outermost first.
+                others.push(directory.clone());
+                others.sort_by_key(String::len);
+                has_changed = true;
+            }
+        }
+        if has_changed { self.write(&grant.holder.id) } else { Ok(()) }
+    }
+
     /// Strikes an entry.
     pub fn forget(&mut self, grant: &Grant) -> Result<()> {
         self.entries.retain(|entry| !entry.grant.is_same(grant));

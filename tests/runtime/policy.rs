@@ -144,7 +144,10 @@ fn a_reload_changes_what_it_concerns_and_nothing_else(runtime: &str) {
 
     // What is wrong is named, and changes nothing.
     for (text, problem) in [
-        ("[[policy]]\ndeny = ['devname=vcsa52', 'nonsense']\n", "line 2, column 1: there is no category 'nonsense'"),
+        (
+            "[[policy]]\ndeny = ['devname=vcsa52', 'nonsense']\n",
+            "line 2: in \"nonsense\", column 1: there is no category 'nonsense'",
+        ),
         ("\n[[policy]]\nallow = 3\n", "line 3: invalid type"),
         ("[[container]]\nmatch = 'x'\ndevices = []\nenabled = true\n", "line 4: unknown field `enabled`"),
     ] {
@@ -191,7 +194,8 @@ fn a_reload_changes_what_it_concerns_and_nothing_else(runtime: &str) {
     configure("[[policy]]\ndeny = 'devname=vcsa51'\n");
     let agent = Agent::start();
     assert_eq!(has(), (0, 0));
-    let reason = format!("the policy cannot be read, so nothing is allowed: {CONFIGURATION}: line 2: invalid type");
+    let reason =
+        format!("what the policy says is not known, so nothing is allowed: {CONFIGURATION}: line 2: invalid type");
     assert!(agent.log().contains(&reason), "{}", agent.log());
     unconfigure();
     agent.reload();
@@ -320,9 +324,10 @@ fn what_is_no_selector_is_refused() {
     assert!(grants().is_empty());
     qm(&["devices", "nonsense=1"]).fails(2, "there is no key 'nonsense'");
     qm(&["devices", "--annotation", "/dev/vcsa99"]).fails(4, "/dev/vcsa99");
-    for (device, reason) in
-        [("/dev/kmsg", "it is the host itself"), ("/dev/loop1", "devices of its kind have to be enabled")]
-    {
+    for (device, reason) in [
+        ("/dev/kmsg", "it is the host itself"),
+        ("/dev/loop1", "devices of its kind have to be asked for by their category"),
+    ] {
         let said = qm(&["devices", "--annotation", device]);
         said.fails(5, &format!("no annotation asks for '{device}': {reason}"));
     }

@@ -62,7 +62,11 @@ fn a_fixed_name_leads_to_whichever_device_is_there(runtime: &str) {
     make_group();
     let agent = Agent::start();
     let before = agent.log().len();
-    let c = Container::start(runtime, "qmh-fixed", &[&asks("x", &format!("subsystem=vc;devname=vcsa5?;{SCREEN}"))]);
+    let c = Container::start(
+        runtime,
+        "qmh-fixed",
+        &[&asks("x", &format!("subsystem=vc;devname=vcsa5?;{SCREEN};link=/dev/by/two"))],
+    );
     let (look, nobody) = (
         asks("look", "subsystem=vc;devname=vcsa5?;as=/dev/look;access=r"),
         asks("nobody", "devname=vcsa5?;as=/dev/nobody;gid=wizards"),
@@ -74,10 +78,12 @@ fn a_fixed_name_leads_to_whichever_device_is_there(runtime: &str) {
         wait_for("the link", || std::fs::read_link(&link).is_ok());
         assert!(c.opens("<>", "/dev/by/one"), "{number}");
     };
+    let both =
+        |number: &str| ["by/one", "by/two", "screen"].map(|path| format!("/dev/{path} /dev/vcsa{number} rule:x"));
     let (first, third) = (console(51), "/dev/vcsa53");
     leads_to(&c, "7:179");
     by_hand(&c, "c 7 179");
-    assert_eq!(listed(&c), ["/dev/by/one /dev/vcsa51 rule:x", "/dev/screen /dev/vcsa51 rule:x"]);
+    assert_eq!(listed(&c), both("51"));
     wait_for("the reader's", || listed(&reader) == ["/dev/look /dev/vcsa51 rule:look"]);
     assert_eq!((reader.open("<", "/dev/look"), reader.open(">", "/dev/look")), (Ok(()), REFUSED.map_err(Into::into)));
     assert_eq!(reader.node("/dev/nobody"), None);
@@ -92,7 +98,7 @@ fn a_fixed_name_leads_to_whichever_device_is_there(runtime: &str) {
     first.unplug();
     leads_to(&c, "7:180");
     assert!(refused(&c));
-    assert_eq!(listed(&c), ["/dev/by/one /dev/vcsa52 rule:x", "/dev/screen /dev/vcsa52 rule:x"]);
+    assert_eq!(listed(&c), both("52"));
     wait_for("the reader's", || listed(&reader) == ["/dev/look /dev/vcsa52 rule:look"]);
     by_hand(&c, "c 7 180");
     second.unplug();
@@ -102,7 +108,7 @@ fn a_fixed_name_leads_to_whichever_device_is_there(runtime: &str) {
 
     let _third = console(53);
     leads_to(&c, "7:181");
-    assert_eq!(listed(&c)[1], format!("/dev/screen {third} rule:x"));
+    assert_eq!(listed(&c).last(), Some(&format!("/dev/screen {third} rule:x")));
     agent.stop();
     std::fs::remove_file(place().join("rootfs/etc/group")).unwrap();
 }
@@ -190,15 +196,15 @@ impl Drop for Journal {
 
 fn without_what_is_required_there_is_no_start(runtime: &str) {
     let (key, journal) = ("org.containers.qm.hotplug.x", Journal::open());
-    for (selector, reason) in [
-        ("devname=vcsa51;required", "it is required, and no device that matches 'devname=vcsa51' is plugged in"),
-        ("devname=vcsa51;required;wait=200ms", "matches 'devname=vcsa51' is plugged in after 200ms"),
-        ("devname=vcsa;gid=wizards;required", "it is required, and what x asks for is not granted: its /etc/group"),
-        ("devname=vcsa;nonsense;required", "column 14: there is no category 'nonsense'"),
+    for (selector, code, reason) in [
+        ("devname=vcsa51;required", 4, "it is required, and no device that matches 'devname=vcsa51' is plugged in"),
+        ("devname=vcsa51;required;wait=200ms", 4, "matches 'devname=vcsa51' is plugged in after 200ms"),
+        ("devname=vcsa;gid=wizards;required", 5, "it is required, and what x asks for is not granted: its /etc/group"),
+        ("devname=vcsa;nonsense;required", 2, "column 14: there is no category 'nonsense'"),
     ] {
         let name = format!("qmh-required-{runtime}");
         let said = fails(runtime, &name, &asks("x", selector));
-        assert!(said.stderr.contains("precreate]: exit status 4"), "{said:?}");
+        assert!(said.stderr.contains(&format!("precreate]: exit status {code}")), "{said:?}");
         // Podman throws away what its hook wrote to stderr.
         let log = std::fs::read_to_string(HOOK_LOG).unwrap();
         for text in [log.lines().last().unwrap(), journal.read().last().unwrap()] {
@@ -252,7 +258,7 @@ fn who_has_it_exclusively_has_it_alone(runtime: &str) {
     assert_eq!(grants().len(), 1);
 
     // Nobody else gets it: by hand, by a rule that would share it, or at its start.
-    let alone = format!("container {} has {mine} for itself alone", names[0]);
+    let alone = format!("container {} has {mine}, and only one may", names[0]);
     for c in [&names[1], &second.id] {
         qm(&["attach", c, mine, "/dev/other"]).fails(5, &alone);
     }
@@ -330,7 +336,7 @@ fn a_selector_that_podman_has_cut_stands_for_nothing() {
     if !version.contains("version 4.3.") {
         return;
     }
-    let advice = "podman has cut a selector at its commas: write ';' in their place, org.containers.qm.hotplug.x=devname=vcsa?*;as=";
+    let advice = "podman had cut a selector at its commas: write ';' in their place, org.containers.qm.hotplug.x=devname=vcsa?*;as=";
     assert!(std::fs::read_to_string(HOOK_LOG).unwrap().contains(advice));
     assert!(agent.log().contains(advice), "{}", agent.log());
     assert_eq!((listed(&c).len(), c.look("/dev/vcsa1").is_none()), (8, true));

@@ -196,7 +196,7 @@ fn what_annotations_ask_for(runtime: &str) {
     wait_for("the agent to grant it", || c.node("/dev/tty7").is_some());
     let said = explain(&c, "/dev/tty7");
     assert_eq!(said["accessible"], true, "{said}");
-    assert_eq!(texts(&said, "grant", "good"), ["rwm at /dev/tty7, granted by its annotation for ttys"]);
+    assert_eq!(texts(&said, "grant", "good"), ["rwm at /dev/tty7, granted by its rule ttys"]);
     let answers = qm(&["verify", &c.name, "--json"]);
     assert_eq!((answers.code, json(&answers).as_array().unwrap().len()), (0, 8));
     agent.stop();
