@@ -2,8 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::path::PathBuf;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
@@ -85,16 +84,18 @@ fn attribute(path: &str) -> Option<String> {
     if BINARY.iter().any(|beginning| name.starts_with(beginning)) {
         return None;
     }
-    // No link leads out of the device's directory.
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    let place = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS).ok()?;
-    let stat = fstat(&place).ok()?;
+    // No link leads out of the device's directory, and there is nothing in it that minds being opened.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS).ok()?;
+    let stat = fstat(&file).ok()?;
     let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
     if !is_file || stat.st_size as u64 != page || stat.st_mode & 0o004 == 0 {
         return None;
     }
-    let mut text = Vec::new();
-    File::open(path).and_then(|file| file.take(page).read_to_end(&mut text)).ok()?;
+    // One reading has all of it.
+    let mut text = vec![0; page as usize];
+    let length = rustix::io::read(&file, &mut text[..]).ok()?;
+    text.truncate(length);
     Some(String::from_utf8_lossy(&text).trim_end().to_owned()).filter(|text| text.len() <= LONGEST)
 }
 
