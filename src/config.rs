@@ -19,6 +19,15 @@ pub fn settings() -> (Settings, Vec<String>) {
     Settings::read(&files(&DIRECTORIES.map(Path::new)).into_iter().map(read).collect::<Vec<File>>())
 }
 
+/// The settings of this host; a warning names each file that is passed over.
+pub fn settings_or_warn() -> Settings {
+    let (settings, problems) = settings();
+    for problem in problems {
+        tracing::warn!("passed over: {problem}");
+    }
+    settings
+}
+
 /// The files to read, by name.
 fn files(directories: &[&Path]) -> Vec<PathBuf> {
     let mut files: BTreeMap<OsString, PathBuf> = BTreeMap::new();

@@ -144,10 +144,7 @@ pub(super) struct Registry {
 
 impl Registry {
     pub(super) fn new(watched: Watched) -> Registry {
-        let (settings, problems) = config::settings();
-        for problem in problems {
-            tracing::warn!("passed over: {problem}");
-        }
+        let settings = config::settings_or_warn();
         Registry {
             devices: BTreeMap::new(),
             containers: HashMap::new(),
@@ -229,7 +226,12 @@ impl Registry {
         self.said = Said::default();
         let wants_image = self.settings.policies.look_at_images();
         for known in self.containers.values_mut() {
-            known.rules = rules_of(&self.settings, &known.container).0;
+            let (rules, ignored) = rules_of(&self.settings, &known.container);
+            for Ignored { key, reason, .. } in ignored {
+                let text = format!("annotation {key} ignored: {reason}");
+                self.said.once(&known.container.id, known.container.label(), text);
+            }
+            known.rules = rules;
             let subject = subject(&known.container, known.holder.as_ref(), wants_image);
             known.bounds = self.settings.policies.bounds(&subject);
         }

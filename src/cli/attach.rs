@@ -152,7 +152,7 @@ fn selector(typed: &str) -> Result<Option<Selection>> {
     if typed.is_empty() || is_path {
         return Ok(None);
     }
-    let (settings, _) = config::settings();
+    let settings = config::settings_or_warn();
     let bad = |reason: String| Error::Usage(format!("'{typed}' is neither a path nor a selector: {reason}"));
     let found = selection("", typed, &settings.categories, Author::Root).map_err(|error| bad(error.to_string()))?;
     let Options { links, udev_links, gid, required, exclusive, children, .. } = &found.options;

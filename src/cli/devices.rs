@@ -59,7 +59,7 @@ struct DeviceInfo<'a> {
 
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
-    let (settings, _) = config::settings();
+    let settings = config::settings_or_warn();
     let sysfs = KernelSysfs::default();
     let mut devices = udev::scan().map_err(Error::host("list the devices of this host"))?;
     devices.sort_by(|a, b| natural(&a.node).cmp(&natural(&b.node)));

@@ -40,7 +40,7 @@ struct ContainerInfo {
 pub(super) fn run(args: Args) -> Result<()> {
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
-    let (settings, _) = config::settings();
+    let settings = config::settings_or_warn();
     let mut containers: Vec<ContainerInfo> =
         runtime::scan().into_iter().map(|container| info(&cgroups, &settings, container)).collect();
     containers.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));

@@ -73,7 +73,7 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
     let askable = inspection.as_ref().filter(|_| frozen.is_none());
     let all = targets(&container, &entries, askable, device)?;
     let target = all.first().expect("it is there or an error");
-    let (settings, _) = config::settings();
+    let settings = config::settings_or_warn();
     let holder = inspection.as_ref().map(|inspection| &inspection.holder);
     let its = live::subject(&container, holder, settings.policies.look_at_images());
     let mut asks = asks(&container, &settings);

@@ -323,6 +323,11 @@ fn what_is_no_selector_is_refused() {
     }
     assert!(grants().is_empty());
     qm(&["devices", "nonsense=1"]).fails(2, "there is no key 'nonsense'");
+    // A file that cannot be taken is not passed over in silence.
+    configure("enable = ['tape']\n");
+    let said = qm(&["devices", "devname=null"]);
+    unconfigure();
+    assert!(said.code == 0 && said.stderr.contains("passed over") && said.stderr.contains(CONFIGURATION), "{said:?}");
     qm(&["devices", "--annotation", "/dev/vcsa99"]).fails(4, "/dev/vcsa99");
     for (device, reason) in [
         ("/dev/kmsg", "it is the host itself"),
