@@ -24,6 +24,8 @@ tier_style() {
     check cargo fmt --check
     check cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
     check cargo clippy --locked --all-targets --features mock-devices -- -D warnings
+    # Those that a plain `cargo test` leaves out are no part of all targets.
+    check cargo clippy --locked --test kernel --test runtime --test lab --test readme -- -D warnings
     local script
     for script in scripts/*.sh scripts/lab/*.sh tests/bench/*.sh .ci/run; do
         check bash -n "$script"

@@ -18,6 +18,7 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 pub(crate) const ONCE: &[CaseOnce] = &[
+    ("policy::what_a_reload_ends_is_told", what_a_reload_ends_is_told),
     ("policy::a_selector_is_attached", a_selector_is_attached),
     ("policy::a_selector_is_waited_for", a_selector_is_waited_for),
     ("policy::what_is_no_selector_is_refused", what_is_no_selector_is_refused),
@@ -235,6 +236,21 @@ fn containers_get_what_root_gives_them(runtime: &str) {
     agent.reload();
     wait_for("all to go", || grants().is_empty());
     assert!(plain.look("/dev/screen").is_none() && hooked.look("/dev/screen").is_none());
+}
+
+fn what_a_reload_ends_is_told() {
+    configure("enable = ['uinput']\n");
+    let agent = Agent::start();
+    let c = Container::start("crun", "qmh-enabled", &["--annotation=org.containers.qm.device.uinput=true"]);
+    wait_for("the agent to find it", || qm(&["ps"]).ok().contains("uinput"));
+    let since = agent.log().len();
+    configure("enable = []\n");
+    agent.reload();
+    let told =
+        "annotation org.containers.qm.device.uinput ignored: a file in /etc/qm-hotplug/config.d has to enable it";
+    wait_for(told, || agent.log()[since..].lines().any(|line| line.contains(told) && line.contains(&c.name)));
+    agent.stop();
+    unconfigure();
 }
 
 fn a_selector_is_attached() {

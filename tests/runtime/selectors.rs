@@ -286,7 +286,8 @@ fn names_that_begin_alike_and_number_zero() {
     configure("enable = ['block']\n");
     let agent = Agent::start();
     let free = !std::path::Path::new("/sys/block/loop0/loop").exists();
-    let cases: [(&str, &[&str], &[(&str, &str)]); 3] = [
+    type Asked<'a> = (&'a str, &'a [&'a str], &'a [(&'a str, &'a str)]);
+    let cases: [Asked<'_>; 3] = [
         // Also with console 1 there, console 11 is another one.
         ("qmh-alike", &["devname=vcs1", "devname=vcsa1?;as=/dev/other"], &[("/dev/vcs1", "7:1")]),
         (
