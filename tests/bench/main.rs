@@ -1,7 +1,7 @@
 //! The figures: how long each part of the main job takes on this kernel, beside what people do today.
 //!
-//! `cargo bench --bench figures` as root prints them; `-- filter`, `-- hook`, `-- selectors`, `-- commands` or
-//! `-- events` prints that part alone.
+//! `cargo bench --bench figures` as root prints them; `-- filter`, `-- hook`, `-- selectors`, `-- commands`,
+//! `-- events` or `-- many` prints that part alone.
 //! Nothing is asserted: a machine's speed is no fact about the program.
 
 #[path = "../support/mod.rs"]
@@ -10,6 +10,7 @@ mod support;
 mod figure;
 mod filter;
 mod hook;
+mod many;
 mod probe;
 mod selectors;
 
@@ -37,12 +38,13 @@ fn main() {
     }
     support::enter();
     Figure::print_header();
-    let parts: [(&str, Part); 5] = [
+    let parts: [(&str, Part); 6] = [
         ("filter", filter::figures),
         ("hook", hook::figures),
         ("selectors", selectors::figures),
         ("commands", commands),
         ("events", events),
+        ("many", many::figures),
     ];
     let named = |name: &str| arguments.iter().any(|argument| argument == name);
     let is_all = !parts.iter().any(|(name, _)| named(name));
@@ -100,10 +102,9 @@ fn events() -> Vec<Figure> {
         down.push(probe.after(false, || trigger("remove")));
         up.push(probe.after(true, || trigger("add")));
     }
-    let own = agent_share(&agent.log());
+    let own = micros(&agent.log(), "granted /dev/tty7");
     let floor = floor(&container);
-    let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
-    let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("?").trim().to_owned();
+    let rss = resident(agent.pid());
     drop(probe);
     drop(agent);
     drop(container);
@@ -141,10 +142,16 @@ fn trigger(action: &str) {
     std::fs::write("/sys/class/tty/tty7/uevent", action).unwrap();
 }
 
-/// From the agent's log: the time between reading an event and the grant being in force.
-fn agent_share(log: &str) -> Vec<Duration> {
-    let grants = log.lines().filter(|line| line.contains("granted /dev/tty7"));
-    grants
+/// A process's resident memory.
+fn resident(pid: u32) -> String {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("?").trim().to_owned()
+}
+
+/// From the agent's log: the times between reading an event and the change being in force.
+fn micros(log: &str, what: &str) -> Vec<Duration> {
+    let changes = log.lines().filter(|line| line.contains(what));
+    changes
         .filter_map(|line| {
             let (_, rest) = line.rsplit_once("micros")?;
             let digits: String =

@@ -1,6 +1,7 @@
 //! What the tiers that need root share: a mount namespace of their own, real podman containers, and the binary.
 #![allow(dead_code)]
 
+pub mod crowd;
 pub mod podman;
 
 use std::fs::File;
@@ -122,10 +123,19 @@ pub fn grants() -> Vec<serde_json::Value> {
     serde_json::from_str(&qm(&["list", "--json"]).ok()).unwrap()
 }
 
+/// How long [`wait_for`] waits.
+const PATIENCE: Duration = Duration::from_secs(15);
+
 /// Waits until something holds; panics with `what` when it does not in time.
 #[track_caller]
-pub fn wait_for(what: &str, mut test: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(15);
+pub fn wait_for(what: &str, test: impl FnMut() -> bool) {
+    wait_within(PATIENCE, what, test);
+}
+
+/// The same with a time of its own.
+#[track_caller]
+pub fn wait_within(patience: Duration, what: &str, mut test: impl FnMut() -> bool) {
+    let until = Instant::now() + patience;
     while !test() {
         assert!(Instant::now() < until, "timed out waiting for: {what}");
         std::thread::sleep(Duration::from_millis(5));
@@ -141,6 +151,11 @@ pub struct Agent {
 impl Agent {
     /// Starts it and waits until its socket answers.
     pub fn start() -> Agent {
+        Agent::start_within(PATIENCE)
+    }
+
+    /// The same, where there is much to do first.
+    pub fn start_within(patience: Duration) -> Agent {
         let log = std::env::temp_dir().join(format!("qm-hotplug-agent-{}.log", std::process::id()));
         let stderr = File::options().create(true).append(true).open(&log).unwrap();
         let mut child = Command::new(BINARY)
@@ -150,7 +165,7 @@ impl Agent {
             .stderr(stderr)
             .spawn()
             .unwrap();
-        wait_for("the agent's socket", || {
+        wait_within(patience, "the agent's socket", || {
             assert!(child.try_wait().unwrap().is_none(), "the agent ended: {}", read(&log));
             qm(&["status", "--json"]).stdout.contains("\"agent\":true")
         });
