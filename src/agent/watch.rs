@@ -14,10 +14,10 @@ use tokio::sync::mpsc::error::TrySendError;
 
 use crate::agent::state_watch::{CgroupWatch, Changed, StateWatch};
 use crate::core::device::Device;
-use crate::core::uevent::{Action, Uevent};
+use crate::core::uevent::{Action, Uevent, parse};
 use crate::sys::ring::Ring;
-use crate::sys::udev::{self, UdevEvents};
-use crate::sys::uevent::{KernelEvents, Received};
+use crate::sys::udev;
+use crate::sys::uevent::{Received, Uevents};
 
 /// Something happened.
 #[derive(Debug)]
@@ -89,42 +89,25 @@ impl Watched {
 /// after this misses nothing.
 pub(super) fn start(news: Sender<News>) -> io::Result<Watched> {
     let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
-    let kernel = KernelEvents::listen()?;
-    let state = StateWatch::start()?;
-    for (source, token) in [(kernel.as_fd(), KERNEL), (state.as_fd(), STATE)] {
+    let (kernel, udev, state) = (Uevents::of_kernel()?, Uevents::of_udev()?, StateWatch::start()?);
+    for (source, token) in [(kernel.as_fd(), KERNEL), (udev.as_fd(), UDEV), (state.as_fd(), STATE)] {
         epoll::add(&*epoll, source, EventData::new_u64(token), EventFlags::IN)?;
     }
     let watched = Watched { epoll: Arc::clone(&epoll), next: FIRST_PROCESS, cgroups: state.cgroups() };
-    let (ready, is_ready) = std::sync::mpsc::channel();
-    std::thread::Builder::new().name("watch".into()).spawn(move || {
-        // libudev's objects must stay on the thread that made them.
-        match listen_to_udev(&epoll) {
-            Ok(udev) => {
-                let _ = ready.send(Ok(()));
-                let had_udevd = udev::is_running();
-                Watch { kernel, udev, state, news, overflowed: false, had_udevd }.run(&epoll);
-            }
-            Err(error) => drop(ready.send(Err(error))),
-        }
-    })?;
-    is_ready.recv().map_err(|_| io::Error::other("the watch thread ended"))??;
+    let had_udevd = udev::is_running();
+    let watch = Watch { kernel, udev, state, news, overflowed: false, had_udevd };
+    std::thread::Builder::new().name("watch".into()).spawn(move || watch.run(&epoll))?;
     Ok(watched)
 }
 
-fn listen_to_udev(epoll: &OwnedFd) -> io::Result<UdevEvents> {
-    let udev = UdevEvents::listen()?;
-    epoll::add(epoll, udev.as_fd(), EventData::new_u64(UDEV), EventFlags::IN)?;
-    Ok(udev)
-}
-
 struct Watch {
-    kernel: KernelEvents,
-    udev: UdevEvents,
+    kernel: Uevents,
+    udev: Uevents,
     state: StateWatch,
     news: Sender<News>,
     /// News did not fit into the channel: everything must be compared.
     overflowed: bool,
-    /// Whether udevd ran when we subscribed to it: libudev subscribes to nothing where it does not.
+    /// Whether udevd ran at the last addition.
     had_udevd: bool,
 }
 
@@ -151,8 +134,8 @@ impl Watch {
             tokens.sort_unstable();
             for token in tokens {
                 let result = match token {
-                    KERNEL => self.read_kernel(epoll),
-                    UDEV => self.read_kernel(epoll).map(|()| self.read_udev()),
+                    KERNEL => self.read_kernel(),
+                    UDEV => self.read_kernel().and_then(|()| self.read_udev()),
                     STATE => {
                         self.read_state();
                         Ok(())
@@ -167,7 +150,7 @@ impl Watch {
                     }
                 };
                 if let Err(error) = result {
-                    return tracing::error!("cannot read the kernel's events: {error}");
+                    return tracing::error!("cannot read the events of devices: {error}");
                 }
             }
         }
@@ -187,37 +170,52 @@ impl Watch {
     }
 
     /// Removals act at once. Additions come from udev, after its rules ran; where no udevd runs, from here.
-    fn read_kernel(&mut self, epoll: &OwnedFd) -> io::Result<()> {
+    fn read_kernel(&mut self) -> io::Result<()> {
         loop {
-            match self.kernel.receive()? {
-                Received::Event(event) if event.action == Action::Remove => self.tell(What::Unplugged(event)),
-                Received::Event(event) if event.action == Action::Add => {
-                    let at = Instant::now();
-                    let has_udevd = udev::is_running();
-                    if has_udevd && !self.had_udevd {
-                        self.udev = listen_to_udev(epoll)?;
-                        self.tell(What::Lost);
-                    } else if !has_udevd && let Some(device) = udev::by_event(&event) {
-                        self.tell_at(at, What::Plugged(Box::new(device)));
-                    }
-                    self.had_udevd = has_udevd;
+            let at = Instant::now();
+            let event = match self.kernel.receive()? {
+                Received::Message(message) => parse(message),
+                Received::Nothing => None,
+                Received::Lost => {
+                    self.tell(What::Lost);
+                    None
                 }
-                Received::Event(_) | Received::Nothing => {}
-                Received::Lost => self.tell(What::Lost),
                 Received::Empty => return Ok(()),
+            };
+            match event {
+                Some(event) if event.action == Action::Remove => self.tell_at(at, What::Unplugged(event)),
+                Some(event) if event.action == Action::Add => self.added(at, &event),
+                _ => {}
             }
         }
     }
 
-    fn read_udev(&mut self) {
-        let (events, lost) = self.udev.receive();
-        for (action, device) in events {
-            if let (Action::Add | Action::Other, Some(device)) = (action, device) {
-                self.tell(What::Plugged(Box::new(device)));
-            }
-        }
-        if lost {
+    fn added(&mut self, at: Instant, event: &Uevent) {
+        let has_udevd = udev::is_running();
+        if has_udevd != self.had_udevd {
+            // Of what came while it started or ended, nobody may have told.
             self.tell(What::Lost);
+        } else if !has_udevd && let Some(device) = udev::by_event(event) {
+            self.tell_at(at, What::Plugged(Box::new(device)));
+        }
+        self.had_udevd = has_udevd;
+    }
+
+    fn read_udev(&mut self) -> io::Result<()> {
+        loop {
+            let at = Instant::now();
+            let device = match self.udev.receive()? {
+                Received::Message(message) => udev::by_message(message),
+                Received::Nothing => None,
+                Received::Lost => {
+                    self.tell(What::Lost);
+                    None
+                }
+                Received::Empty => return Ok(()),
+            };
+            if let Some(device) = device {
+                self.tell_at(at, What::Plugged(Box::new(device)));
+            }
         }
     }
 

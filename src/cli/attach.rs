@@ -194,7 +194,7 @@ fn wait_for(args: &Args, wait: Duration, mut look: impl FnMut() -> Result<bool>)
     // A device is waited for only where there is a container for it.
     lookup(&runtime::scan(), &Reference::parse(&args.container).map_err(Error::Usage)?)?;
     let (deadline, waiting) = (Instant::now() + wait, || Error::host::<std::io::Error>("wait for device events"));
-    let arrivals = Arrivals::listen().map_err(waiting())?;
+    let mut arrivals = Arrivals::listen().map_err(waiting())?;
     while !look()? {
         if !arrivals.wait(deadline).map_err(waiting())? {
             let device = &args.device;

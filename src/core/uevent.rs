@@ -1,5 +1,5 @@
-//! The kernel's uevents, as they come from netlink group 1 (lib/kobject_uevent.c):
-//! `ACTION@DEVPATH`, NUL, then `KEY=VALUE` pairs, each ended by NUL.
+//! Uevents, as they come from netlink. The kernel's (group 1, lib/kobject_uevent.c): `ACTION@DEVPATH`, NUL, then
+//! `KEY=VALUE` pairs, each ended by NUL. udev's (group 2, libudev-monitor.c): a header that says where the pairs are.
 
 use crate::core::device::{Kind, Number};
 
@@ -43,11 +43,12 @@ pub struct Uevent {
 /// Reads a message of the kernel. `None` for events of devices without a node, for udev's own messages (they start
 /// with `libudev`) and for anything malformed: an event only triggers a look, so one that cannot be read may be dropped.
 pub fn parse(message: &[u8]) -> Option<Uevent> {
-    let mut parts = message.split(|byte| *byte == 0).map(|part| std::str::from_utf8(part).ok());
-    parts.next()??.split_once('@')?;
+    let end = message.iter().position(|byte| *byte == 0)?;
+    let (first, rest) = message.split_at(end);
+    std::str::from_utf8(first).ok()?.split_once('@')?;
     let (mut action, mut devpath, mut subsystem, mut devname, mut major, mut minor) =
         (None, None, None, None, None, None);
-    for (key, value) in parts.flatten().filter_map(|part| part.split_once('=')) {
+    for (key, value) in properties(rest) {
         match key {
             "ACTION" => action = Some(Action::named(value)),
             "DEVPATH" => devpath = Some(value),
@@ -58,9 +59,8 @@ pub fn parse(message: &[u8]) -> Option<Uevent> {
             _ => {}
         }
     }
-    let (devpath, devname, subsystem) = (devpath?, devname?, subsystem?);
-    let plain = devpath.starts_with('/') && !devname.is_empty() && !devname.starts_with('/');
-    if !plain || devname.split('/').chain(devpath.split('/')).any(|part| part == "..") {
+    let (devpath, devname, subsystem) = (plain(devpath?)?, devname?, subsystem?);
+    if devname.is_empty() || devname.starts_with('/') || climbs(devname) {
         return None;
     }
     let kind = if subsystem == "block" { Kind::Block } else { Kind::Char };
@@ -71,6 +71,46 @@ pub fn parse(message: &[u8]) -> Option<Uevent> {
         node: format!("/dev/{devname}"),
         subsystem: subsystem.to_owned(),
     })
+}
+
+/// Size of the header: the name, a magic number, its own size, where the properties begin and how long they are, and
+/// four numbers that filters look at.
+const UDEV_HEADER: usize = 40;
+const UDEV_MAGIC: u32 = 0xfeed_cafe;
+
+/// Reads a message of udev's: what happened, and the device's directory below `/sys`. The rest is not read, since
+/// whoever may send to that group can write what he likes: what a device is, sysfs tells.
+pub fn parse_udev(message: &[u8]) -> Option<(Action, &str)> {
+    let field = |at: usize| Some(<[u8; 4]>::try_from(message.get(at..at + 4)?).expect("four bytes"));
+    let is_header = message.len() >= UDEV_HEADER && message.starts_with(b"libudev\0");
+    if !is_header || u32::from_be_bytes(field(8)?) != UDEV_MAGIC {
+        return None;
+    }
+    let (start, length) = (u32::from_ne_bytes(field(16)?) as usize, u32::from_ne_bytes(field(20)?) as usize);
+    let text = message.get(start..start.checked_add(length)?)?;
+    let (mut action, mut devpath) = (None, None);
+    for (key, value) in properties(text) {
+        match key {
+            "ACTION" => action = Some(Action::named(value)),
+            "DEVPATH" => devpath = Some(value),
+            _ => {}
+        }
+    }
+    Some((action?, plain(devpath?)?))
+}
+
+/// The pairs, each ended by NUL. What is not UTF-8 is passed over.
+fn properties(text: &[u8]) -> impl Iterator<Item = (&str, &str)> {
+    text.split(|byte| *byte == 0).filter_map(|part| std::str::from_utf8(part).ok()?.split_once('='))
+}
+
+/// A `DEVPATH` that stays below `/sys`.
+fn plain(devpath: &str) -> Option<&str> {
+    (devpath.starts_with('/') && !climbs(devpath)).then_some(devpath)
+}
+
+fn climbs(path: &str) -> bool {
+    path.split('/').any(|part| part == "..")
 }
 
 #[cfg(test)]
@@ -104,10 +144,39 @@ mod tests {
         assert_eq!(parse(message), None);
     }
 
+    /// As udevd sends it.
+    fn of_udev(text: &[u8]) -> Vec<u8> {
+        let mut message = b"libudev\0\xfe\xed\xca\xfe".to_vec();
+        [40, 40, text.len() as u32, 0, 0, 0, 0].iter().for_each(|field: &u32| message.extend(field.to_ne_bytes()));
+        message.extend(text);
+        message
+    }
+
+    #[test]
+    fn udevs_messages_name_a_device() {
+        let message = of_udev(b"ACTION=add\0DEVPATH=/devices/x/tty/ttyUSB0\0MAJOR=1\0ID_MODEL=\xff\0");
+        assert_eq!(parse_udev(&message), Some((Action::Add, "/devices/x/tty/ttyUSB0")));
+        let long = [&b"DEVPATH=/devices/x\0"[..], &b"A=b\0".repeat(5000), b"ACTION=remove\0"].concat();
+        assert_eq!(parse_udev(&of_udev(&long)), Some((Action::Remove, "/devices/x")), "{} bytes", long.len());
+        assert_eq!(parse_udev(&message[..message.len() - 1]), None, "cut");
+        for bad in [&b"ACTION=add\0"[..], b"ACTION=add\0DEVPATH=x\0", b"ACTION=add\0DEVPATH=/a/../../etc\0"] {
+            assert_eq!(parse_udev(&of_udev(bad)), None);
+        }
+        assert_eq!(parse_udev(ADD), None);
+    }
+
     proptest! {
         #[test]
         fn no_message_panics(message in proptest::collection::vec(any::<u8>(), 0..400)) {
-            let _ = parse(&message);
+            let _ = (parse(&message), parse_udev(&message));
+        }
+
+        #[test]
+        fn no_header_of_udevs_panics(start in any::<u32>(), length in any::<u32>(), text in "[A-Z=/\0]{0,60}") {
+            let mut message = of_udev(text.as_bytes());
+            message[16..20].copy_from_slice(&start.to_ne_bytes());
+            message[20..24].copy_from_slice(&length.to_ne_bytes());
+            let _ = parse_udev(&message);
         }
 
         #[test]

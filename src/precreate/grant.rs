@@ -171,7 +171,7 @@ pub(super) fn grant(
 fn look(rule: &Rule, request: &Request<'_>, discovery: &dyn Discovery, begun: Instant) -> io::Result<Found> {
     let wait = rule.selection().and_then(|selection| selection.options.wait);
     let Some(deadline) = wait.map(|wait| begun + wait) else { return discovery.devices(rule, request) };
-    let arrivals = Arrivals::listen()?;
+    let mut arrivals = Arrivals::listen()?;
     loop {
         let found = discovery.devices(rule, request)?;
         // What is there and refused is not waited for.

@@ -6,14 +6,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::sys::udev::UdevEvents;
-use crate::sys::uevent::{KernelEvents, Received};
+use crate::sys::uevent::{Received, Uevents};
 
 /// Subscribed to the events of devices.
-pub struct Arrivals {
-    kernel: KernelEvents,
-    udev: UdevEvents,
-}
+pub struct Arrivals([Uevents; 2]);
 
 /// However quiet it is, somebody who waits looks again after this time.
 const QUIET: Duration = Duration::from_millis(500);
@@ -21,23 +17,24 @@ const QUIET: Duration = Duration::from_millis(500);
 impl Arrivals {
     /// Subscribes: what happens from now on ends a wait.
     pub fn listen() -> io::Result<Arrivals> {
-        Ok(Arrivals { kernel: KernelEvents::listen()?, udev: UdevEvents::listen()? })
+        Ok(Arrivals([Uevents::of_kernel()?, Uevents::of_udev()?]))
     }
 
     /// Waits for an event, or for half a second: then it is time to look again. `false` where the time was up before.
-    pub fn wait(&self, deadline: Instant) -> io::Result<bool> {
+    pub fn wait(&mut self, deadline: Instant) -> io::Result<bool> {
         let time = deadline.saturating_duration_since(Instant::now()).min(QUIET);
         if time.is_zero() {
             return Ok(false);
         }
-        let mut polled = [self.kernel.as_fd(), self.udev.as_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let mut polled = self.0.each_ref().map(|events| PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN));
         let time = Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() };
         match poll(&mut polled, Some(&time)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
-        while !matches!(self.kernel.receive()?, Received::Empty) {}
-        let _ = self.udev.receive();
+        for events in &mut self.0 {
+            while events.receive()? != Received::Empty {}
+        }
         Ok(true)
     }
 }

@@ -1,17 +1,15 @@
 //! Devices as udev and sysfs know them, turned into owned values at once.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{lstat, stat};
-use udev::{Enumerator, EventType, MonitorBuilder, MonitorSocket};
+use udev::Enumerator;
 
 use crate::core::device::{Device, Identity, Kind, Number};
-use crate::core::uevent::{Action, Uevent};
+use crate::core::uevent::{Action, Uevent, parse_udev};
 use crate::error::{Error, Result};
 use crate::sys::node::{number_of, what_is};
-use crate::sys::uevent::enlarge_buffer;
 
 /// udevd makes this socket; where it is missing nobody applies rules and nobody sends udev's events.
 const UDEVD_CONTROL: &str = "/run/udev/control";
@@ -94,6 +92,15 @@ pub fn by_event(event: &Uevent) -> Option<Device> {
     by_directory(&PathBuf::from(format!("/sys{}", event.devpath))).filter(|device| device.number == event.number)
 }
 
+/// The device that a message of udev's says is there or has changed, if it has a node. What it is, sysfs and udev's
+/// database tell, not the message.
+pub fn by_message(message: &[u8]) -> Option<Device> {
+    match parse_udev(message)? {
+        (Action::Remove, _) => None,
+        (_, devpath) => by_directory(&PathBuf::from(format!("/sys{devpath}"))),
+    }
+}
+
 /// The device whose directory this is, below `/sys`, if it has a node.
 pub fn by_directory(path: &Path) -> Option<Device> {
     owned(&udev::Device::from_syspath(path).ok()?)
@@ -145,37 +152,4 @@ fn owned(device: &udev::Device) -> Option<Device> {
         mode: stat.st_mode & 0o777,
         properties: device.properties().map(|entry| (text(entry.name()), text(entry.value()))).collect(),
     })
-}
-
-/// udev's events: sent after the rules ran, so permissions, links and properties are final.
-pub struct UdevEvents(MonitorSocket);
-
-impl UdevEvents {
-    /// Subscribes. libudev drops messages that do not come from root.
-    pub fn listen() -> io::Result<UdevEvents> {
-        let socket = MonitorBuilder::new()?.listen()?;
-        enlarge_buffer(socket.as_fd());
-        Ok(UdevEvents(socket))
-    }
-
-    /// Takes what is there: actions, with the devices that are still plugged in. Says whether events were lost.
-    pub fn receive(&self) -> (Vec<(Action, Option<Device>)>, bool) {
-        // The message only names the device. What it is, sysfs and udev's database tell: whoever is uid 0 in our network
-        // namespace, a container on the host's network for one, can send a message.
-        let look = |event: &udev::Event| udev::Device::from_syspath(event.syspath()).ok().and_then(|it| owned(&it));
-        let events = self.0.iter().map(|event| match event.event_type() {
-            EventType::Add => (Action::Add, look(&event)),
-            EventType::Remove => (Action::Remove, None),
-            _ => (Action::Other, look(&event)),
-        });
-        let events = events.collect();
-        // libudev returns null for "no more" and for a failed recvmsg(2) alike; errno tells which it was.
-        (events, io::Error::last_os_error().raw_os_error() == Some(libc::ENOBUFS))
-    }
-}
-
-impl AsFd for UdevEvents {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
 }

@@ -1,28 +1,35 @@
 //! What others send or mount to harm us: forged udev events, and a file system that never answers.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
-use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, sendto, socket};
+use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, sendto};
 use qm_hotplug::core::category::Categories;
-use qm_hotplug::sys::udev::UdevEvents;
+use qm_hotplug::core::uevent::parse;
+use qm_hotplug::sys::udev;
+use qm_hotplug::sys::uevent::{Received, Uevents};
 
-use crate::stage::{Container, Nodes, bind};
+use crate::stage::Container;
 use crate::support::{qm, wait_for};
 
 pub const TESTS: &[(&str, fn())] = &[
     ("foreign::a_forged_udev_event_makes_no_device_another_one", forged_event),
+    ("foreign::an_event_of_any_length_is_read", long_event),
+    ("foreign::what_nobody_reads_is_told_as_lost", unread_events),
+    ("foreign::what_the_kernel_did_not_send_is_no_event", forged_by_others),
     ("foreign::a_dev_that_never_answers_is_given_up", a_dev_that_never_answers),
 ];
 
 /// udev's group of the uevent socket.
 const UDEV_GROUP: u32 = 2;
 
-/// A message as libudev sends it (libudev-monitor.c), about a real device but with somebody else's numbers.
-fn forged(devpath: &str, node: &str, major: u32, minor: u32) -> Vec<u8> {
+/// A message as libudev sends it (libudev-monitor.c), about a real device but with somebody else's numbers, and a
+/// property that makes it long.
+fn forged(devpath: &str, node: &str, major: u32, minor: u32, filling: usize) -> Vec<u8> {
     let properties = [
+        format!("ID_LONG={}", "x".repeat(filling)),
         "ACTION=add".to_owned(),
         format!("DEVPATH={devpath}"),
         "SUBSYSTEM=input".into(),
@@ -43,30 +50,94 @@ fn forged(devpath: &str, node: &str, major: u32, minor: u32) -> Vec<u8> {
 }
 
 fn forged_event() {
-    // libudev listens to udev only where udevd has its socket; it takes messages of any uid 0 in the network namespace.
-    let place = Nodes::new();
-    File::create(place.path().join("control")).unwrap();
-    std::fs::create_dir_all("/run/udev").unwrap();
-    bind(place.path().to_str().unwrap(), "/run/udev".as_ref());
-    let events = UdevEvents::listen().unwrap();
-    let sender =
-        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkKObjectUEvent)
-            .unwrap();
+    let mut events = Uevents::of_udev().unwrap();
+    let sender = socket();
     for (node, major, minor) in [("/dev/input/../kvm", 10, 232), ("/dev/input/event0", 1, 1), ("/dev/snd/x", 1, 3)] {
-        let message = forged("/devices/virtual/mem/null", node, major, minor);
-        sendto(sender.as_raw_fd(), &message, &NetlinkAddr::new(0, UDEV_GROUP), MsgFlags::empty()).unwrap();
-        let mut received = Vec::new();
-        wait_for("the forged event", || {
-            received.extend(events.receive().0);
-            !received.is_empty()
-        });
-        for (_, device) in received {
-            let Some(device) = device else { continue };
-            assert_eq!((device.node.as_str(), device.number.major, device.number.minor), ("/dev/null", 1, 3));
-            assert!(!Categories::default().iter().any(|category| category.contains(&device)), "{device:?}");
+        send(&sender, UDEV_GROUP, &forged("/devices/virtual/mem/null", node, major, minor, 0));
+        let device = next(&mut events, udev::by_message).expect("there is a device at that place");
+        assert_eq!((device.node.as_str(), device.number.major, device.number.minor), ("/dev/null", 1, 3));
+        assert!(!Categories::default().iter().any(|category| category.contains(&device)), "{device:?}");
+    }
+}
+
+/// libudev's own reader takes no more than 8 KiB.
+fn long_event() {
+    let mut events = Uevents::of_udev().unwrap();
+    let sender = socket();
+    for length in [5_000, 9_000, 60_000] {
+        send(&sender, UDEV_GROUP, &forged("/devices/virtual/mem/null", "/dev/null", 1, 3, length));
+        assert_eq!(next(&mut events, udev::by_message).expect("the device").node, "/dev/null");
+    }
+    // Of a longer one nobody knows what it was about.
+    send(&sender, UDEV_GROUP, &forged("/devices/virtual/mem/null", "/dev/null", 1, 3, 100_000));
+    wait_for("a loss", || events.receive().unwrap() == Received::Lost);
+}
+
+fn unread_events() {
+    let mut events = Uevents::of_kernel().unwrap();
+    for _ in 0..300_000 {
+        std::fs::write("/sys/class/mem/null/uevent", "change").unwrap();
+    }
+    let (mut read, mut lost) = (0, 0);
+    loop {
+        match events.receive().unwrap() {
+            Received::Message(_) => read += 1,
+            Received::Lost => lost += 1,
+            Received::Nothing => {}
+            Received::Empty => break,
         }
     }
-    nix::mount::umount2("/run/udev", nix::mount::MntFlags::MNT_DETACH).unwrap();
+    assert!(read > 10_000 && lost > 0, "{read} read, {lost} times lost");
+    std::fs::write("/sys/class/mem/null/uevent", "change").unwrap();
+    assert_eq!(next(&mut events, parse).expect("it goes on").node, "/dev/null");
+}
+
+fn forged_by_others() {
+    let mut events = Uevents::of_kernel().unwrap();
+    let message = b"remove@/devices/virtual/mem/null\0ACTION=remove\0DEVPATH=/devices/virtual/mem/null\0\
+        SUBSYSTEM=mem\0MAJOR=1\0MINOR=3\0DEVNAME=null\0SEQNUM=1\0";
+    // The group needs CAP_NET_ADMIN, which root of a container on the host's network may have.
+    send(&socket(), 1, message);
+    wait_for("the forged message", || events.receive().unwrap() == Received::Nothing);
+    let refused = std::thread::spawn(|| {
+        // Of this thread alone, unlike setresuid(3).
+        let nobody = rustix::thread::Uid::from_raw(65534);
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+        sendto(socket().as_raw_fd(), b"x@/y\0", &NetlinkAddr::new(0, 1), MsgFlags::empty())
+    });
+    assert_eq!(refused.join().unwrap(), Err(nix::errno::Errno::EPERM));
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(events.receive().unwrap(), Received::Empty);
+}
+
+fn socket() -> OwnedFd {
+    nix::sys::socket::socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkKObjectUEvent,
+    )
+    .unwrap()
+}
+
+fn send(socket: &OwnedFd, group: u32, message: &[u8]) {
+    sendto(socket.as_raw_fd(), message, &NetlinkAddr::new(0, group), MsgFlags::empty()).unwrap();
+}
+
+/// What the next message says.
+fn next<T>(events: &mut Uevents, read: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
+    let mut found = None;
+    wait_for("a message", || match events.receive().unwrap() {
+        Received::Message(message) => {
+            found = Some(read(message));
+            true
+        }
+        other => {
+            assert!(matches!(other, Received::Empty | Received::Nothing), "{other:?}");
+            false
+        }
+    });
+    found.flatten()
 }
 
 fn a_dev_that_never_answers() {
