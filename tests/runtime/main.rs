@@ -7,6 +7,7 @@ mod agent;
 mod agent_restart;
 mod agent_socket;
 mod attach;
+mod containers;
 mod detach;
 mod hook;
 mod host_dev;
@@ -20,6 +21,7 @@ mod refused_containers;
 mod refused_destinations;
 mod selectors;
 mod state;
+mod storm;
 mod updates;
 mod verify;
 
@@ -64,10 +66,18 @@ fn main() {
         podman::RUNTIMES.map(|runtime| trial(format!("{name}::{runtime}"), move || case(runtime)))
     };
     let mut trials: Vec<Trial> = cases.into_iter().flatten().flat_map(each).collect();
-    for (name, case) in
-        [agent_socket::ONCE, monitor::ONCE, refusals::ONCE, refused_containers::ONCE, selectors::ONCE, policy::ONCE]
-            .into_iter()
-            .flatten()
+    for (name, case) in [
+        agent_socket::ONCE,
+        monitor::ONCE,
+        refusals::ONCE,
+        refused_containers::ONCE,
+        selectors::ONCE,
+        policy::ONCE,
+        storm::ONCE,
+        containers::ONCE,
+    ]
+    .into_iter()
+    .flatten()
     {
         trials.push(trial((*name).to_owned(), case));
     }

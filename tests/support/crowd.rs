@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{ForkResult, fork, pivot_root};
 use qm_hotplug::core::device::Number;
 use qm_hotplug::core::filter_program::Insn;
@@ -103,6 +103,23 @@ impl Member {
         let pid = nix::unistd::Pid::from_raw(self.pid as i32);
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         let _ = nix::sys::wait::waitpid(pid, None);
+    }
+
+    /// Does something in its mount namespace, in a child of its own.
+    pub fn within(&self, work: impl FnOnce() -> nix::Result<()>) {
+        let process = Process::open(self.pid).unwrap();
+        // SAFETY: as above.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => {
+                let status = nix::sys::wait::waitpid(child, None).unwrap();
+                assert_eq!(status, nix::sys::wait::WaitStatus::Exited(child, 0), "inside {}", self.name);
+            }
+            ForkResult::Child => {
+                let result = setns(process.as_fd(), CloneFlags::CLONE_NEWNS).and_then(|()| work());
+                // SAFETY: _exit(2) has no conditions.
+                unsafe { libc::_exit(result.map_or_else(|errno| errno as i32, |()| 0)) }
+            }
+        }
     }
 
     /// Removes its cgroup, which must be empty.
