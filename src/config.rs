@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::core::settings::{File, Settings};
@@ -12,11 +13,7 @@ const DIRECTORIES: [&str; 2] = ["/usr/lib/qm-hotplug/config.d", "/etc/qm-hotplug
 /// The settings of this host, and what is wrong with files that could not be taken: these are passed over, the others
 /// count, and a container still starts.
 pub fn settings() -> (Settings, Vec<String>) {
-    let read = |path: PathBuf| {
-        let text = std::fs::read_to_string(&path).map_err(|error| error.to_string());
-        (path.display().to_string(), text)
-    };
-    Settings::read(&files(&DIRECTORIES.map(Path::new)).into_iter().map(read).collect::<Vec<File>>())
+    Settings::read(&files(&DIRECTORIES.map(Path::new)))
 }
 
 /// The settings of this host; a warning names each file that is passed over.
@@ -28,16 +25,24 @@ pub fn settings_or_warn() -> Settings {
     settings
 }
 
-/// The files to read, by name.
-fn files(directories: &[&Path]) -> Vec<PathBuf> {
-    let mut files: BTreeMap<OsString, PathBuf> = BTreeMap::new();
-    for entry in directories.iter().filter_map(|directory| std::fs::read_dir(directory).ok()).flatten().flatten() {
-        let path = entry.path();
-        if path.extension().is_some_and(|extension| extension == "toml") {
-            files.insert(entry.file_name(), path);
+/// The files by name, with their text. A directory that is there and cannot be read counts as a file that cannot: who
+/// knows what it holds.
+fn files(directories: &[&Path]) -> Vec<File> {
+    let (mut paths, mut files): (BTreeMap<OsString, PathBuf>, Vec<File>) = Default::default();
+    for directory in directories {
+        let entries = std::fs::read_dir(directory).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
+        match entries {
+            Ok(entries) => paths.extend(entries.into_iter().map(|entry| (entry.file_name(), entry.path()))),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => files.push((directory.display().to_string(), Err(error.to_string()))),
         }
     }
-    files.into_values().collect()
+    let is_toml = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "toml");
+    files.extend(paths.into_values().filter(is_toml).map(|path| {
+        let text = std::fs::read_to_string(&path).map_err(|error| error.to_string());
+        (path.display().to_string(), text)
+    }));
+    files
 }
 
 #[cfg(test)]
@@ -55,6 +60,17 @@ mod tests {
         }
         let found = files(&[packages.path(), Path::new("/nonexistent"), administrator.path()]);
         let expected = [(&administrator, "10-a.toml"), (&administrator, "15-c.toml"), (&packages, "20-b.toml")];
-        assert_eq!(found, expected.map(|(directory, name)| directory.path().join(name)));
+        let path = |(directory, name): (&tempfile::TempDir, &str)| directory.path().join(name).display().to_string();
+        assert_eq!(found, expected.map(|file| (path(file), Ok(String::new()))));
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_read_may_hold_a_policy() {
+        let scratch = tempfile::tempdir().unwrap();
+        let file = scratch.path().join("config.d");
+        std::fs::write(&file, "").unwrap();
+        let (settings, problems) = Settings::read(&files(&[&file]));
+        assert_eq!(problems, [format!("{}: Not a directory (os error 20)", file.display())]);
+        assert_eq!(settings.policies.unreadable.as_ref(), problems.first());
     }
 }

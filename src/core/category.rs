@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
-use crate::core::config::ConfigFile;
+use toml::Spanned;
+
+use crate::core::config::{ConfigFile, Wrong};
 use crate::core::device::{Device, Kind, Number};
 use crate::core::pattern::Pattern;
-use crate::core::text::excerpt;
 
 /// A named set of devices.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,36 +143,40 @@ impl Categories {
         self.0.iter().filter(|category| category.sensitive).cloned().collect()
     }
 
-    /// Adds what a configuration file says. Nothing is changed if it cannot be taken; the error says why, in one line.
-    pub fn apply(&mut self, file: &ConfigFile) -> Result<(), String> {
-        self.with(file).map(|changed| self.0 = changed).map_err(|reason| excerpt(&reason))
+    /// Adds what a configuration file says. Nothing is changed if it cannot be taken.
+    pub fn apply(&mut self, file: &ConfigFile) -> Result<(), Wrong> {
+        self.with(file).map(|changed| self.0 = changed)
     }
 
-    fn with(&self, file: &ConfigFile) -> Result<Vec<Arc<Category>>, String> {
+    fn with(&self, file: &ConfigFile) -> Result<Vec<Arc<Category>>, Wrong> {
         let mut changed = self.0.clone();
-        for (name, added) in &file.category {
+        for (key, added) in &file.category {
+            let name = key.get_ref();
             if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)) {
-                return Err(format!(
-                    "the category '{name}' has other characters in its name than letters, digits, - and _"
-                ));
+                let reason =
+                    format!("the category '{name}' has other characters in its name than letters, digits, - and _");
+                return Err(Wrong::of(key, reason));
             }
             if self.named(name).is_some() {
-                return Err(format!("there is a category '{name}' already: give it another name"));
+                let reason = format!("there is a category '{name}' already: give it another name");
+                return Err(Wrong::of(key, reason));
             }
-            let patterns = added.nodes.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>();
-            let patterns = patterns.map_err(|reason| format!("in category '{name}': {reason}"))?;
+            let pattern = |text: &Spanned<String>| {
+                let wrong = |reason| Wrong::of(text, format!("in category '{name}': {reason}"));
+                Pattern::parse(text.get_ref()).map_err(wrong)
+            };
             changed.push(Arc::new(Category {
                 name: name.clone(),
-                patterns,
+                patterns: added.nodes.iter().map(pattern).collect::<Result<_, _>>()?,
                 kind: Kind::Char,
                 sensitive: false,
                 enabled: true,
             }));
         }
         for name in &file.enable {
-            let category = changed.iter_mut().find(|category| category.name == *name);
-            let category = category.ok_or_else(|| format!("there is no category '{name}' to enable"))?;
-            Arc::make_mut(category).enabled = true;
+            let category = changed.iter_mut().find(|category| category.name == *name.get_ref());
+            let missing = || Wrong::of(name, format!("there is no category '{}' to enable", name.get_ref()));
+            Arc::make_mut(category.ok_or_else(missing)?).enabled = true;
         }
         Ok(changed)
     }
@@ -253,7 +258,7 @@ mod tests {
         }
     }
 
-    fn configured(text: &str) -> Result<Categories, String> {
+    fn configured(text: &str) -> Result<Categories, Wrong> {
         let mut categories = Categories::default();
         categories.apply(&ConfigFile::parse(text)?).map(|()| categories)
     }
@@ -296,7 +301,7 @@ mod tests {
             ("disable = []", "unknown field `disable`"),
             ("enable = 3", "invalid type"),
         ] {
-            let error = configured(text).unwrap_err();
+            let error = configured(text).unwrap_err().reason;
             assert!(error.contains(reason) && !error.contains('\n'), "{text}: {error}");
         }
     }

@@ -30,10 +30,10 @@ use crate::core::text::excerpt;
 pub struct ConfigFile {
     /// Categories that are off unless a file enables them.
     #[serde(default)]
-    pub enable: Vec<String>,
+    pub enable: Vec<Spanned<String>>,
     /// More categories, by name.
     #[serde(default)]
-    pub category: BTreeMap<String, CategoryConfig>,
+    pub category: BTreeMap<Spanned<String>, CategoryConfig>,
     /// Whether annotations get only what a policy allows.
     #[serde(default, rename = "require-policy")]
     pub require_policy: Option<Spanned<bool>>,
@@ -50,7 +50,7 @@ pub struct ConfigFile {
 #[serde(deny_unknown_fields)]
 pub struct CategoryConfig {
     /// Patterns on the nodes' paths on the host; see [`crate::core::pattern::Pattern`].
-    pub nodes: Vec<String>,
+    pub nodes: Vec<Spanned<String>>,
 }
 
 /// Bounds for the containers that all its conditions fit.
@@ -83,12 +83,46 @@ pub struct ContainerConfig {
     pub devices: Vec<Spanned<String>>,
 }
 
+/// What is wrong with a file, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wrong {
+    /// Offset of the byte at which it is wrong.
+    pub at: usize,
+    /// In words, on one line.
+    pub reason: String,
+}
+
+impl Wrong {
+    /// Something that a file says, from its beginning on.
+    pub fn of<T>(what: &Spanned<T>, reason: impl AsRef<str>) -> Wrong {
+        Wrong { at: what.span().start, reason: excerpt(reason.as_ref()) }
+    }
+
+    /// A string of the file, at its character `column`, counted from 1. Where the string has escapes, its place is that of
+    /// its beginning, and the reason says which character it is.
+    pub fn in_string(text: &str, string: &Spanned<String>, column: usize, reason: &str) -> Wrong {
+        let (value, span) = (string.get_ref(), string.span());
+        let Some(start) = text.get(span.clone()).and_then(|written| written.find(value.as_str())) else {
+            return Wrong::of(string, format!("in \"{value}\", character {column}: {reason}"));
+        };
+        let within = value.char_indices().nth(column.saturating_sub(1)).map_or(value.len(), |(at, _)| at);
+        Wrong { at: span.start + start + within, reason: format!("in \"{}\": {}", excerpt(value), excerpt(reason)) }
+    }
+
+    /// `PATH:LINE:COLUMN: REASON`, for the file with this text.
+    pub fn at_place(&self, path: &str, text: &str) -> String {
+        let before = text.get(..self.at).unwrap_or(text);
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        format!("{path}:{}:{column}: {}", line_of(text, self.at), self.reason)
+    }
+}
+
 impl ConfigFile {
-    /// Reads a file. The error is one line.
-    pub fn parse(text: &str) -> Result<ConfigFile, String> {
-        toml::from_str(text).map_err(|error: toml::de::Error| {
-            let line = error.span().map_or(1, |span| line_of(text, span.start));
-            excerpt(&format!("line {line}: {}", error.message().replace('\n', ", ")))
+    /// Reads a file.
+    pub fn parse(text: &str) -> Result<ConfigFile, Wrong> {
+        toml::from_str(text).map_err(|error: toml::de::Error| Wrong {
+            at: error.span().map_or(0, |span| span.start),
+            reason: excerpt(&error.message().replace('\n', ", ")),
         })
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use toml::Spanned;
 
 use crate::core::category::Categories;
-use crate::core::config::{ConfigFile, ContainerConfig, PolicyConfig, line_of};
+use crate::core::config::{ConfigFile, ContainerConfig, PolicyConfig, Wrong, line_of};
 use crate::core::glob::Glob;
 use crate::core::grammar::{Author, SyntaxError, selection, selector};
 use crate::core::policy::{Place, Policies, Policy, Subject};
@@ -45,10 +45,12 @@ impl Settings {
     pub fn read(files: &[File]) -> (Settings, Vec<String>) {
         let (mut parsed, mut problems) = (Vec::new(), Vec::new());
         for (path, text) in files {
-            let file = text.as_ref().map_err(String::clone).and_then(|text| Ok((text, ConfigFile::parse(text)?)));
-            match file {
-                Ok((text, file)) => parsed.push(Parsed { path, text, file }),
-                Err(reason) => problems.push((path, text.as_deref().unwrap_or_default(), reason)),
+            match text {
+                Ok(text) => match ConfigFile::parse(text) {
+                    Ok(file) => parsed.push(Parsed { path, text, file }),
+                    Err(wrong) => problems.push((wrong.at_place(path, text), text.as_str())),
+                },
+                Err(reason) => problems.push((format!("{path}: {reason}"), "")),
             }
         }
         // A selector may name a category of any other file, so the categories of all come first; and a file whose
@@ -56,49 +58,42 @@ impl Settings {
         let mut settings = loop {
             match Settings::of(&parsed) {
                 Ok(settings) => break settings,
-                Err((at, reason)) => {
+                Err((at, wrong)) => {
                     let Parsed { path, text, .. } = parsed.remove(at);
-                    let path = &files.iter().find(|(its, _)| its == path).expect("it is one of them").0;
-                    problems.push((path, text, reason));
+                    problems.push((wrong.at_place(path, text), text));
                 }
             }
         };
-        let mut said = Vec::new();
-        for (path, text, reason) in problems {
-            let problem = format!("{path}: {reason}");
-            // What could not be read at all may have held one, too.
-            if text.is_empty() || text.contains("policy") {
-                settings.policies.unreadable.get_or_insert_with(|| problem.clone());
-            }
-            said.push(problem);
-        }
-        (settings, said)
+        // What could not be read at all may have held a policy, too.
+        let policy = problems.iter().find(|(_, text)| text.is_empty() || text.contains("policy"));
+        settings.policies.unreadable = policy.map(|(problem, _)| problem.clone());
+        (settings, problems.into_iter().map(|(problem, _)| problem).collect())
     }
 
     /// The error names the file that cannot be taken, by its index.
-    fn of(files: &[Parsed<'_>]) -> Result<Settings, (usize, String)> {
+    fn of(files: &[Parsed<'_>]) -> Result<Settings, (usize, Wrong)> {
         let mut settings = Settings::default();
         for (at, parsed) in files.iter().enumerate() {
-            settings.categories.apply(&parsed.file).map_err(|reason| (at, reason))?;
+            settings.categories.apply(&parsed.file).map_err(|wrong| (at, wrong))?;
         }
         for (at, parsed) in files.iter().enumerate() {
-            settings.take(parsed).map_err(|reason| (at, excerpt(&reason)))?;
+            settings.take(parsed).map_err(|wrong| (at, wrong))?;
         }
         Ok(settings)
     }
 
-    fn take(&mut self, parsed: &Parsed<'_>) -> Result<(), String> {
+    fn take(&mut self, parsed: &Parsed<'_>) -> Result<(), Wrong> {
         let file: Arc<str> = parsed.path.into();
         let place = |offset: usize| Place { file: file.clone(), line: line_of(parsed.text, offset) };
         if let Some(required) = parsed.file.require_policy.as_ref().filter(|required| *required.get_ref()) {
             self.policies.required = Some(place(required.span().start));
         }
         for config in &parsed.file.policy {
-            let policy = policy(config, &self.categories, &place)?;
+            let policy = policy(config, &self.categories, parsed.text, &place)?;
             self.policies.all.push(Arc::new(policy));
         }
         for config in &parsed.file.container {
-            self.containers.push(container(config, &self.categories, &place)?);
+            self.containers.push(container(config, &self.categories, parsed.text)?);
         }
         Ok(())
     }
@@ -119,16 +114,16 @@ impl Settings {
 fn policy(
     config: &Spanned<PolicyConfig>,
     categories: &Categories,
+    text: &str,
     place: &impl Fn(usize) -> Place,
-) -> Result<Policy, String> {
+) -> Result<Policy, Wrong> {
     let (start, config) = (config.span().start, config.get_ref());
-    let glob = |text: &Option<Spanned<String>>| text.as_ref().map(|text| glob(text, place)).transpose();
-    let read = |text: &Spanned<String>| {
-        let at = place(text.span().start);
-        selector(text.get_ref(), categories).map(|selector| (selector, at.clone())).map_err(at_line(at, text))
+    let glob = |string: &Option<Spanned<String>>| string.as_ref().map(|string| glob(string, text)).transpose();
+    let read = |string: &Spanned<String>| {
+        let selector = selector(string.get_ref(), categories).map_err(wrong_in(text, string))?;
+        Ok((selector, place(string.span().start)))
     };
-    let allow =
-        config.allow.as_ref().map(|all| all.iter().map(|text| Ok(read(text)?.0)).collect::<Result<_, String>>());
+    let allow = config.allow.as_ref().map(|all| all.iter().map(|string| Ok(read(string)?.0)).collect());
     Ok(Policy {
         place: place(start),
         container: glob(&config.container)?,
@@ -140,37 +135,32 @@ fn policy(
     })
 }
 
-fn container(
-    config: &ContainerConfig,
-    categories: &Categories,
-    place: &impl Fn(usize) -> Place,
-) -> Result<ContainerTable, String> {
-    let text = config.matches.get_ref();
-    let name = match text.split_once(':') {
-        None => text,
+fn container(config: &ContainerConfig, categories: &Categories, text: &str) -> Result<ContainerTable, Wrong> {
+    let matches = config.matches.get_ref();
+    let name = match matches.split_once(':') {
+        None => matches,
         Some(("podman", name)) => name,
         Some((kind, _)) => {
-            let line = place(config.matches.span().start).line;
-            return Err(format!("line {line}: '{kind}:' in match is not known: use podman:NAME or a bare name"));
+            let reason = format!("'{kind}:' in match is not known: use podman:NAME or a bare name");
+            return Err(Wrong::of(&config.matches, reason));
         }
     };
-    let start = config.matches.span().start;
-    let name = Glob::parse(name).map_err(|(_, reason)| format!("line {}: match: {reason}", place(start).line))?;
-    let read = |text: &Spanned<String>| {
-        let name = excerpt(text.get_ref());
-        let selection = selection(&name, text.get_ref(), categories, Author::Root);
-        selection.map(Arc::new).map_err(at_line(place(text.span().start), text))
+    let before = matches.chars().count() - name.chars().count();
+    let name = Glob::parse(name)
+        .map_err(|(column, reason)| Wrong::in_string(text, &config.matches, before + column + 1, reason))?;
+    let read = |string: &Spanned<String>| {
+        let name = excerpt(string.get_ref());
+        selection(&name, string.get_ref(), categories, Author::Root).map(Arc::new).map_err(wrong_in(text, string))
     };
     Ok(ContainerTable { name, selections: config.devices.iter().map(read).collect::<Result<_, _>>()? })
 }
 
-fn glob(text: &Spanned<String>, place: &impl Fn(usize) -> Place) -> Result<Glob, String> {
-    let line = || place(text.span().start).line;
-    Glob::parse(text.get_ref()).map_err(|(_, reason)| format!("line {}: '{}': {reason}", line(), text.get_ref()))
+fn glob(string: &Spanned<String>, text: &str) -> Result<Glob, Wrong> {
+    Glob::parse(string.get_ref()).map_err(|(column, reason)| Wrong::in_string(text, string, column + 1, reason))
 }
 
-fn at_line(place: Place, text: &Spanned<String>) -> impl FnOnce(SyntaxError) -> String {
-    move |error| format!("line {}: in \"{}\", {error}", place.line, text.get_ref())
+fn wrong_in(text: &str, string: &Spanned<String>) -> impl FnOnce(SyntaxError) -> Wrong {
+    |error| Wrong::in_string(text, string, error.column, &error.reason)
 }
 
 #[cfg(test)]

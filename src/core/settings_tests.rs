@@ -119,19 +119,28 @@ fn a_bad_file_is_passed_over_whole() {
     for (file, problem) in [
         (
             "enable = ['kvm']\n[[container]]\nmatch = 'x'\ndevices = ['tty', 'tape']",
-            "line 4: in \"tape\", column 1: there is no category 'tape'",
+            "4:20: in \"tape\": there is no category 'tape'",
         ),
-        ("[[container]]\nmatch = 'vm:x'\ndevices = []", "line 2: 'vm:' in match is not known"),
-        ("[[container]]\nmatch = 'x['\ndevices = []", "line 2: match: a '['"),
-        ("[[container]]\ndevices = []", "missing field `match`"),
+        ("[[container]]\nmatch = 'vm:x'\ndevices = []", "2:9: 'vm:' in match is not known"),
+        ("[[container]]\nmatch = 'x['\ndevices = []", "2:11: in \"x[\": a '['"),
+        ("[[container]]\nmatch = 'podman:ü['\ndevices = []", "2:18: in \"podman:ü[\": a '['"),
+        ("[[container]]\ndevices = []", "1:1: missing field `match`"),
+        ("enable = ['kvm', 'tape']", "1:18: there is no category 'tape' to enable"),
+        ("[category.robot]\nnodes = ['/dev/a', '/etc/x']", "2:20: in category 'robot': '/etc/x' does not begin"),
+        ("\n[category.video]\nnodes = []", "2:11: there is a category 'video' already"),
+        ("enable = ['kvm']\n enabled = []", "2:2: unknown field `enabled`"),
+        ("enable = [\"kvm\",\n  3]", "2:3: invalid type"),
+        ("enable = ['kvm'\nx = 1", "2:1: "),
+        ("[[container]]\nmatch = 'x'\ndevices = [\"t\\u0061pe\"]", "3:12: in \"tape\", character 1: there is no"),
+        ("[[container]]\nmatch = 'x'\ndevices = ['''\ntty,\nusb==''']", "5:5: in "),
         (
             "[category.robot]\nnodes = ['/dev/robot#']\n[[container]]\nmatch = 'x'\ndevices = ['robot,as=x']",
-            "line 5: in \"robot,as=x\", column 10",
+            "5:22: in \"robot,as=x\": ",
         ),
     ] {
         let (settings, problems) = settings(&[file, "[category.other]\nnodes = ['/dev/other']"]);
         assert!(
-            problems.len() == 1 && problems[0].starts_with("/etc/0.toml: ") && problems[0].contains(problem),
+            problems.len() == 1 && problems[0].starts_with(&format!("/etc/0.toml:{problem}")),
             "{problems:?}"
         );
         assert!(settings.categories.named("robot").is_none() && settings.categories.named("other").is_some(), "{file}");
@@ -152,7 +161,7 @@ fn an_unreadable_policy_allows_nothing() {
         let tree = bench();
         let reason =
             settings.policies.bounds(&subject("web")).refusal(&Facts::new(of_bench(&tree, "/dev/ttyUSB1"), &tree));
-        assert!(reason.unwrap().contains("/etc/0.toml: line"), "{file}");
+        assert!(reason.unwrap().contains("/etc/0.toml:"), "{file}");
     }
     let (settings, _) = Settings::read(&[("/etc/0.toml".into(), Err("Permission denied".into()))]);
     assert!(settings.policies.unreadable.is_some());

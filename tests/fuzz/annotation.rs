@@ -27,7 +27,7 @@ fn annotation(key: &str, value: &str, categories: &Categories) {
 fn pattern(text: &str, path: &str) {
     let pattern = match Pattern::parse(text) {
         Ok(pattern) => pattern,
-        Err(reason) => return assert_one_line(&reason),
+        Err(wrong) => return assert_one_line(&wrong.at_place("/etc/0.toml", text)),
     };
     assert_eq!(pattern.to_string(), text);
     let filled = text.replace("/**", "/*").replace('#', "10").replace('*', path);
@@ -46,20 +46,21 @@ fn pattern(text: &str, path: &str) {
 fn configuration(text: &str, mut categories: Categories) {
     let file = match ConfigFile::parse(text) {
         Ok(file) => file,
-        Err(reason) => return assert_one_line(&reason),
+        Err(wrong) => return assert_one_line(&wrong.at_place("/etc/0.toml", text)),
     };
     let names = |categories: &Categories| -> Vec<String> {
         categories.iter().map(|category| format!("{} {}", category.name, category.enabled)).collect()
     };
     let before = names(&categories);
-    if let Err(reason) = categories.apply(&file) {
-        assert_one_line(&reason);
+    if let Err(wrong) = categories.apply(&file) {
+        assert_one_line(&wrong.at_place("/etc/0.toml", text));
         return assert_eq!(names(&categories), before, "what is refused changes nothing");
     }
     for (name, added) in &file.category {
+        let name = name.get_ref();
         let found = rule(&format!("{DEVICE_PREFIX}{name}"), "true", &categories).expect("it is ours");
         assert_eq!(found.map(|rule| rule.to_string()).as_ref(), Ok(name));
-        added.nodes.iter().for_each(|text| pattern(text, "0"));
+        added.nodes.iter().for_each(|text| pattern(text.get_ref(), "0"));
     }
 }
 

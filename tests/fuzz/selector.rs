@@ -107,7 +107,7 @@ fn settings(text: &str) {
     let (settings, problems) = Settings::read(&files);
     for problem in &problems {
         assert_one_line(problem);
-        let path = problem.split(": ").next().unwrap();
+        let path = problem.split(':').next().unwrap();
         assert!(files[1..].iter().any(|(its, _)| its == path), "{problem}");
     }
     assert!(problems.len() < files.len());

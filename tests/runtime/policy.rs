@@ -147,15 +147,15 @@ fn a_reload_changes_what_it_concerns_and_nothing_else(runtime: &str) {
     for (text, problem) in [
         (
             "[[policy]]\ndeny = ['devname=vcsa52', 'nonsense']\n",
-            "line 2: in \"nonsense\", column 1: there is no category 'nonsense'",
+            "2:28: in \"nonsense\": there is no category 'nonsense'",
         ),
-        ("\n[[policy]]\nallow = 3\n", "line 3: invalid type"),
-        ("[[container]]\nmatch = 'x'\ndevices = []\nenabled = true\n", "line 4: unknown field `enabled`"),
+        ("\n[[policy]]\nallow = 3\n", "3:9: invalid type"),
+        ("[[container]]\nmatch = 'x'\ndevices = []\nenabled = true\n", "4:1: unknown field `enabled`"),
     ] {
         since = agent.log().len();
         configure(text);
         agent.reload();
-        let problem = format!("the configuration stays as it was: {CONFIGURATION}: {problem}");
+        let problem = format!("the configuration stays as it was: {CONFIGURATION}:{problem}");
         wait_for(&problem, || agent.log()[since..].contains(&problem));
         qm(&["status"]).ok();
         assert_eq!(has(), (7, 1), "{text}");
@@ -196,7 +196,7 @@ fn a_reload_changes_what_it_concerns_and_nothing_else(runtime: &str) {
     let agent = Agent::start();
     assert_eq!(has(), (0, 0));
     let reason =
-        format!("what the policy says is not known, so nothing is allowed: {CONFIGURATION}: line 2: invalid type");
+        format!("what the policy says is not known, so nothing is allowed: {CONFIGURATION}:2:8: invalid type");
     assert!(agent.log().contains(&reason), "{}", agent.log());
     unconfigure();
     agent.reload();
