@@ -24,6 +24,7 @@
 //! | [`core`] | the words and the decisions; no system call, no clock | nothing of ours |
 //! | [`sys`] | the kernel: BPF, cgroups, namespaces, device nodes, events; all the `unsafe` | `core` |
 //! | [`runtime`] | what each container runtime leaves on disk | `core`, `sys` |
+//! | [`log`] | the log, one line an event | `core` |
 //! | [`ops`] | carries out plans, keeps the ledger, explains and proves | the above, `config` |
 //! | [`config`] | the host's configuration files | `core` |
 //! | [`agent`] | the service: one loop that observes, plans, executes; its socket | the above |
@@ -37,6 +38,7 @@ pub mod cli;
 pub mod config;
 pub mod core;
 pub mod error;
+pub mod log;
 pub mod ops;
 pub mod precreate;
 pub mod runtime;

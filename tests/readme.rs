@@ -18,7 +18,7 @@ use qm_hotplug::cli::Cli;
 use qm_hotplug::core::annotation::DEVICE_PREFIX;
 use qm_hotplug::core::category::Categories;
 use qm_hotplug::core::settings::Settings;
-use qm_hotplug::sys::host::NEEDED;
+use qm_hotplug::sys::caps::NEEDED;
 use support::podman::Container;
 use support::{Agent, BINARY, Said, assert_nothing_left, run, wait_for};
 

@@ -47,12 +47,17 @@ pub(super) async fn serve(mut stream: UnixStream, calls: mpsc::Sender<Call>, mon
                 return;
             }
             if let Some(events) = events {
-                return tell(stream, events, reply).await;
+                return tell(stream, events, reply, calls).await;
             }
         }
-        match stream.read(&mut buffer).await {
-            Ok(0) | Err(_) => return,
-            Ok(length) => pending.extend_from_slice(&buffer[..length]),
+        tokio::select! {
+            biased;
+            read = stream.read(&mut buffer) => match read {
+                Ok(0) | Err(_) => return,
+                Ok(length) => pending.extend_from_slice(&buffer[..length]),
+            },
+            // Nobody takes requests any more, and what was asked for until now is answered.
+            () = calls.closed() => return,
         }
         if pending.len() > LONGEST {
             let reply = Reply::bad(2, &format!("a request may have {LONGEST} bytes at most"));
@@ -75,7 +80,7 @@ async fn answer(
     // Subscribed before the answer says so.
     let events = matches!(request, Request::Monitor(_)).then(|| monitors.subscribe());
     let (answer, reply) = oneshot::channel();
-    let stopping = || (Reply::bad(1, "the agent is stopping"), None);
+    let stopping = || (Reply::bad(1, "the agent is stopping: ask again once it runs, or once it is gone"), None);
     if calls.send(Call { request, answer }).await.is_err() {
         return stopping();
     }
@@ -88,7 +93,12 @@ async fn answer(
 
 /// Hands on events until the caller hangs up. One that reads slowly keeps nobody waiting: events that it has no room for
 /// are lost to it, and it is told how many.
-async fn tell(mut stream: UnixStream, mut events: broadcast::Receiver<Event>, ready: Reply) {
+async fn tell(
+    mut stream: UnixStream,
+    mut events: broadcast::Receiver<Event>,
+    ready: Reply,
+    calls: mpsc::Sender<Call>,
+) {
     let only = match serde_json::from_value(ready.parameters) {
         Ok(Event::Ready { container: Some(container), id: Some(id) }) => Some((container, id)),
         _ => None,
@@ -106,6 +116,7 @@ async fn tell(mut stream: UnixStream, mut events: broadcast::Receiver<Event>, re
                 Ok(0) | Err(_) => return,
                 Ok(_) => continue,
             },
+            () = calls.closed() => return,
         };
         if only.as_ref().is_none_or(|(container, id)| event.concerns(container, id))
             && stream.write_all(&frame(&Reply::good(event).continued())).await.is_err()
@@ -129,7 +140,8 @@ mod tests {
             let (ours, mut its) = UnixStream::pair().unwrap();
             let monitors = Monitors::new();
             let ready = Reply::good(Event::Ready { container: None, id: None });
-            let telling = tokio::spawn(tell(ours, monitors.subscribe(), ready));
+            let (calls, _taken) = mpsc::channel(1);
+            let telling = tokio::spawn(tell(ours, monitors.subscribe(), ready, calls));
             let event = |count| {
                 let (container, id, device, path, origin) = Default::default();
                 Event::Granted(Changed { container, id, device, path, origin, micros: Some(count) })

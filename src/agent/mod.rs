@@ -6,29 +6,34 @@ mod monitors;
 mod reconcile;
 mod refusals;
 mod registry;
+mod service;
 mod state_watch;
 mod watch;
 
 use std::time::{Duration, Instant};
 
-use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::task::LocalSet;
+use tokio::task::{JoinSet, LocalSet};
+use tokio::time::timeout;
 
 use crate::agent::api::Call;
 use crate::agent::refusals::Refusals;
 use crate::agent::registry::Registry;
+use crate::agent::service::Service;
 use crate::agent::watch::{News, What};
 use crate::core::container::Reference;
 use crate::core::event::{Changed, Event};
 use crate::core::ledger::Entry;
-use crate::core::protocol::{Monitor, Reply, Request};
+use crate::core::protocol::{Monitor, Nothing, Reply, Request, StatusInfo};
+use crate::core::text::printable;
 use crate::error::{Error, Result};
+use crate::log;
 use crate::ops::live::lookup;
 use crate::ops::{Executor, request};
 use crate::runtime;
-use crate::sys::udev;
+use crate::sys::device_filter::DeviceFilter;
+use crate::sys::{caps, udev};
 
 /// How long a start waits for a command that is just changing something.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -36,11 +41,16 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const QUEUE: usize = 65_536;
 /// How many events are worked through before signals and the watchdog get their turn.
 const BATCH: usize = 256;
+/// How long the end waits for those who are connected to be told of it, and for what has happened to be worked through:
+/// together less than the unit's TimeoutStopSec.
+const FAREWELL: Duration = Duration::from_secs(1);
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// Runs the agent until SIGTERM or SIGINT. Grants stay in force when it ends.
 pub fn run() -> Result<()> {
     let mut executor = wait_for_lock()?;
     raise_file_limit();
+    caps::confine()?;
     // Whether this kernel can carry the filter is found out now, not at the first plug.
     executor.filter()?.prove_withdrawal()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -78,10 +88,10 @@ async fn serve(mut executor: Executor) -> Result<()> {
     let path = client::socket_path();
     let listener = api::listen(&path).map_err(Error::host(format!("listen at {}", path.display())))?;
     let (caller, mut calls) = mpsc::channel::<Call>(16);
+    let mut callers = JoinSet::new();
     let on = |kind| signal(kind).map_err(Error::host("handle signals"));
     let (mut terminate, mut interrupt, mut hang_up) =
         (on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?);
-    let mut watchdog = sd_notify::watchdog_enabled().map(|timeout| tokio::time::interval(timeout / 2));
     tracing::info!(
         "ready: {} containers, {} devices, {} grants, events from {}",
         registry.containers.len(),
@@ -89,7 +99,9 @@ async fn serve(mut executor: Executor) -> Result<()> {
         executor.ledger.entries().len(),
         events_from()
     );
-    notify(&[NotifyState::Ready, NotifyState::Status(&status(&executor, &registry))]);
+    let mut service = Service::new();
+    let mut after = behind_ours(&executor);
+    service.ready(status(&executor, &registry, &after));
     loop {
         tokio::select! {
             // In this order: what has happened is worked through before the next request is answered, and neither
@@ -97,10 +109,16 @@ async fn serve(mut executor: Executor) -> Result<()> {
             biased;
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            _ = tick(&mut watchdog) => notify(&[NotifyState::Watchdog]),
+            () = service.tick() => {
+                service.live(&mut registry.watched);
+                after = behind_ours(&executor);
+            }
             _ = hang_up.recv() => {
-                registry.reconfigure();
-                compare(&mut executor, &mut registry, &mut refusals);
+                service.reloading();
+                // It is in the log.
+                let _ = reload(&mut executor, &mut registry, &mut refusals);
+                after = behind_ours(&executor);
+                service.ready(status(&executor, &registry, &after));
             }
             first = news.recv() => {
                 let Some(first) = first else {
@@ -114,26 +132,81 @@ async fn serve(mut executor: Executor) -> Result<()> {
                 }
                 reconcile::catch_up(&mut executor, &mut registry);
                 refusals.follow(&mut executor, &registry);
-                notify(&[NotifyState::Status(&status(&executor, &registry))]);
             }
             Some(call) = calls.recv() => {
-                let reply = answer(&mut executor, &mut registry, &call.request);
+                let reply = match &call.request {
+                    Request::Reload(_) => {
+                        service.reloading();
+                        let result = reload(&mut executor, &mut registry, &mut refusals);
+                        after = behind_ours(&executor);
+                        service.ready(status(&executor, &registry, &after));
+                        result.map_or_else(|reason| Reply::bad(1, &reason), |()| Reply::good(Nothing {}))
+                    }
+                    request => answer(&mut executor, &mut registry, request),
+                };
                 refusals.follow(&mut executor, &registry);
                 // A caller that hung up gets no answer; what it asked for is done all the same.
                 let _ = call.answer.send(reply);
             }
             Ok((stream, _)) = listener.accept() => {
-                let serving = api::serve(stream, caller.clone(), registry.monitors.clone());
-                drop(tokio::task::spawn_local(serving));
+                callers.spawn_local(api::serve(stream, caller.clone(), registry.monitors.clone()));
             }
+            Some(_) = callers.join_next() => {}
         }
+        service.say(status(&executor, &registry, &after));
+        log::tell_repeats();
     }
-    notify(&[NotifyState::Stopping]);
+    service.stopping();
+    // A command that comes later does itself what it was asked for, once the ledger is free; who is connected is told.
     let _ = std::fs::remove_file(&path);
+    drop(calls);
+    while let Ok(Ok((stream, _))) = timeout(Duration::ZERO, listener.accept()).await {
+        callers.spawn_local(api::serve(stream, caller.clone(), registry.monitors.clone()));
+    }
+    drop(listener);
+    let _ = timeout(FAREWELL, async { while callers.join_next().await.is_some() {} }).await;
+    drain(&mut executor, &mut registry, &mut refusals, &mut news);
     refusals.stop(&mut executor);
+    log::tell_all_repeats();
     let (granted, withdrawn) = (executor.ledger.entries().len(), executor.ledger.withdrawn().len());
     tracing::info!("stopping; {granted} grants and {withdrawn} withdrawals stay in force");
     Ok(())
+}
+
+/// Works through what has happened until now, so that the kernel and the ledger are left as the last event wants them.
+/// What there is no time for is found by the next agent, which compares everything.
+fn drain(
+    executor: &mut Executor,
+    registry: &mut Registry,
+    refusals: &mut Refusals,
+    news: &mut mpsc::Receiver<News>,
+) {
+    let until = Instant::now() + DRAIN;
+    while Instant::now() < until
+        && let Ok(next) = news.try_recv()
+    {
+        hear(executor, registry, refusals, next);
+    }
+    reconcile::catch_up(executor, registry);
+    if !news.is_empty() {
+        tracing::warn!("{} events are left for the next agent", news.len());
+    }
+}
+
+/// Reads the configuration again and compares everything. The error says what is wrong with it, in words.
+fn reload(
+    executor: &mut Executor,
+    registry: &mut Registry,
+    refusals: &mut Refusals,
+) -> std::result::Result<(), String> {
+    // What was said under the old one may be said again.
+    log::tell_all_repeats();
+    let result = registry.reconfigure();
+    compare(executor, registry, refusals);
+    if result.is_ok() {
+        tracing::info!("the configuration was read again");
+    }
+    result
 }
 
 /// Compares everything.
@@ -204,8 +277,10 @@ fn carry_out(executor: &mut Executor, registry: &Registry, request: &Request) ->
         Request::List(list) => request::list(executor.ledger.entries(), &containers, list).map(Reply::good),
         Request::Status(_) => {
             let grants = executor.ledger.entries().len();
-            request::status(&executor.cgroups, containers.len(), grants, Some(events_from())).map(Reply::good)
+            let status = request::status(&executor.cgroups, containers.len(), grants, Some(events_from()))?;
+            Ok(Reply::good(StatusInfo { configuration: registry.problems.clone(), ..status }))
         }
+        Request::Reload(_) => unreachable!("the loop does that itself"),
         Request::Monitor(Monitor { container: None }) => Ok(Reply::good(Event::Ready { container: None, id: None })),
         Request::Monitor(Monitor { container: Some(name) }) => {
             let container = lookup(&containers, &Reference::parse(name).map_err(Error::Usage)?)?;
@@ -219,21 +294,20 @@ fn events_from() -> &'static str {
     if udev::is_running() { "udev" } else { "kernel" }
 }
 
-fn status(executor: &Executor, registry: &Registry) -> String {
-    format!("{} containers, {} grants", registry.containers.len(), executor.ledger.entries().len())
+/// Programs at the cgroup root that run after ours and may refuse what is granted.
+fn behind_ours(executor: &Executor) -> Vec<String> {
+    DeviceFilter::standing(&executor.cgroups).map_or_else(|error| vec![error.chain()], |standing| standing.after)
 }
 
-/// Tells systemd; without systemd nothing happens.
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!("systemd was not notified: {error}");
+/// How the agent is, on one line.
+fn status(executor: &Executor, registry: &Registry, after: &[String]) -> String {
+    let (containers, grants) = (registry.containers.len(), executor.ledger.entries().len());
+    let mut text = format!("{containers} containers, {grants} grants, events from {}", events_from());
+    if !after.is_empty() {
+        text += &format!("; degraded: {} at the cgroup root may refuse what is granted", after.join(", "));
     }
-}
-
-/// Never, where no watchdog is set.
-async fn tick(watchdog: &mut Option<tokio::time::Interval>) {
-    match watchdog {
-        Some(interval) => drop(interval.tick().await),
-        None => std::future::pending().await,
+    if let Some(problem) = registry.problems.first() {
+        text += &format!("; configuration refused: {problem}");
     }
+    printable(&text)
 }

@@ -131,6 +131,8 @@ pub(super) struct Registry {
     /// Ids of the cgroups that are watched, those of containers with grants.
     cgroups: BTreeSet<u64>,
     settings: Settings,
+    /// What is wrong with the configuration, as it is written now.
+    pub(super) problems: Vec<String>,
     /// What was said already.
     pub(super) said: Said,
     /// Ids of the containers that did not get what another one has, or another device of theirs.
@@ -144,13 +146,17 @@ pub(super) struct Registry {
 
 impl Registry {
     pub(super) fn new(watched: Watched) -> Registry {
-        let settings = config::settings_or_warn();
+        let (settings, problems) = config::settings();
+        for problem in &problems {
+            tracing::error!("passed over: {problem}");
+        }
         Registry {
             devices: BTreeMap::new(),
             containers: HashMap::new(),
             others: HashMap::new(),
             cgroups: BTreeSet::new(),
             settings,
+            problems,
             said: Said::default(),
             waiting: RefCell::default(),
             later: Later::default(),
@@ -216,11 +222,15 @@ impl Registry {
         true
     }
 
-    /// Reads the host's configuration again. Where a file is wrong, all stays as it was.
-    pub(super) fn reconfigure(&mut self) {
+    /// Reads the host's configuration again. Where a file is wrong, all stays as it was; the error is in words.
+    pub(super) fn reconfigure(&mut self) -> Result<(), String> {
         let (settings, problems) = config::settings();
-        if !problems.is_empty() {
-            return problems.iter().for_each(|problem| tracing::error!("the configuration stays as it was: {problem}"));
+        self.problems = problems;
+        if !self.problems.is_empty() {
+            for problem in &self.problems {
+                tracing::error!("the configuration stays as it was: {problem}");
+            }
+            return Err(format!("the configuration stays as it was: {}", self.problems.join("; ")));
         }
         self.settings = settings;
         self.said = Said::default();
@@ -235,6 +245,7 @@ impl Registry {
             let subject = subject(&known.container, known.holder.as_ref(), wants_image);
             known.bounds = self.settings.policies.bounds(&subject);
         }
+        Ok(())
     }
 
     fn bounds_of(&self, container: &Container, holder: Option<&Holder>) -> Bounds {

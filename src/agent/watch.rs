@@ -5,10 +5,11 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
@@ -51,6 +52,7 @@ const KERNEL: u64 = 0;
 const UDEV: u64 = 1;
 const STATE: u64 = 2;
 const REFUSED: u64 = 3;
+const PULSE: u64 = 4;
 /// Tokens from here on stand for processes.
 const FIRST_PROCESS: u64 = 16;
 
@@ -60,9 +62,31 @@ pub(super) struct Watched {
     epoll: Arc<OwnedFd>,
     next: u64,
     cgroups: CgroupWatch,
+    pulse: Arc<Pulse>,
+    asked: u64,
+}
+
+/// How the loop knows that the thread is at work: it counts the loop's questions.
+#[derive(Debug)]
+struct Pulse {
+    questions: OwnedFd,
+    answered: AtomicU64,
 }
 
 impl Watched {
+    /// Asks the thread whether it is at work. It wakes up for that.
+    pub(super) fn ask(&mut self) {
+        // A full counter takes more questions than there will ever be.
+        if rustix::io::write(&self.pulse.questions, &1u64.to_ne_bytes()).is_ok() {
+            self.asked += 1;
+        }
+    }
+
+    /// Whether it has answered all questions.
+    pub(super) fn has_answered(&self) -> bool {
+        self.pulse.answered.load(Ordering::SeqCst) == self.asked
+    }
+
     /// News of writes to this directory will carry the id.
     pub(super) fn watch_cgroup(&self, directory: &Path, id: &str) -> io::Result<()> {
         self.cgroups.add(directory, id)
@@ -90,12 +114,17 @@ impl Watched {
 pub(super) fn start(news: Sender<News>) -> io::Result<Watched> {
     let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
     let (kernel, udev, state) = (Uevents::of_kernel()?, Uevents::of_udev()?, StateWatch::start()?);
-    for (source, token) in [(kernel.as_fd(), KERNEL), (udev.as_fd(), UDEV), (state.as_fd(), STATE)] {
+    let questions = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    let pulse = Arc::new(Pulse { questions, answered: AtomicU64::new(0) });
+    let sources =
+        [(kernel.as_fd(), KERNEL), (udev.as_fd(), UDEV), (state.as_fd(), STATE), (pulse.questions.as_fd(), PULSE)];
+    for (source, token) in sources {
         epoll::add(&*epoll, source, EventData::new_u64(token), EventFlags::IN)?;
     }
-    let watched = Watched { epoll: Arc::clone(&epoll), next: FIRST_PROCESS, cgroups: state.cgroups() };
+    let (its_pulse, cgroups) = (Arc::clone(&pulse), state.cgroups());
+    let watched = Watched { epoll: Arc::clone(&epoll), next: FIRST_PROCESS, cgroups, pulse, asked: 0 };
     let had_udevd = udev::is_running();
-    let watch = Watch { kernel, udev, state, news, overflowed: false, had_udevd };
+    let watch = Watch { kernel, udev, state, news, pulse: its_pulse, overflowed: false, had_udevd };
     std::thread::Builder::new().name("watch".into()).spawn(move || watch.run(&epoll))?;
     Ok(watched)
 }
@@ -105,6 +134,7 @@ struct Watch {
     udev: Uevents,
     state: StateWatch,
     news: Sender<News>,
+    pulse: Arc<Pulse>,
     /// News did not fit into the channel: everything must be compared.
     overflowed: bool,
     /// Whether udevd ran at the last addition.
@@ -144,6 +174,10 @@ impl Watch {
                         self.tell(What::Refused);
                         Ok(())
                     }
+                    PULSE => {
+                        self.answer();
+                        Ok(())
+                    }
                     process => {
                         self.tell(What::Exited(process));
                         Ok(())
@@ -153,6 +187,13 @@ impl Watch {
                     return tracing::error!("cannot read the events of devices: {error}");
                 }
             }
+        }
+    }
+
+    fn answer(&self) {
+        let mut count = [0; 8];
+        if rustix::io::read(&self.pulse.questions, &mut count).is_ok() {
+            self.pulse.answered.fetch_add(u64::from_ne_bytes(count), Ordering::SeqCst);
         }
     }
 

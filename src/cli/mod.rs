@@ -8,6 +8,7 @@ mod list;
 mod monitor;
 mod output;
 mod ps;
+mod reload;
 mod status;
 mod verify;
 
@@ -57,6 +58,8 @@ pub enum Command {
     Monitor(monitor::Args),
     /// Show how the agent and the device filter are
     Status(status::Args),
+    /// Have the agent read its configuration again; what is wrong in it is told, and then all stays as it was
+    Reload,
     /// Run the agent (a systemd service starts this)
     Agent(AgentArgs),
     /// Act as an OCI precreate hook: config.json on stdin, edited, on stdout
@@ -83,6 +86,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Verify(args) => verify::run(args),
         Command::Monitor(args) => monitor::run(args),
         Command::Status(args) => status::run(args),
+        Command::Reload => reload::run(),
         Command::Agent(args) if args.release => release(),
         Command::Agent(_) => crate::agent::run(),
         Command::Precreate => precreate(None),

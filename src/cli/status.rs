@@ -2,6 +2,7 @@
 
 use crate::agent::client;
 use crate::cli::output;
+use crate::config;
 use crate::core::protocol::{Nothing, Request, StatusInfo};
 use crate::error::Result;
 use crate::ops::RUN_DIRECTORY;
@@ -26,7 +27,8 @@ pub(super) fn run(args: Args) -> Result<()> {
         None => {
             require_fitness()?;
             let grants = Store::peek(RUN_DIRECTORY.as_ref())?.len();
-            status(&CgroupRoot::find()?, runtime::scan().len(), grants, None)?
+            let (_, configuration) = config::settings();
+            StatusInfo { configuration, ..status(&CgroupRoot::find()?, runtime::scan().len(), grants, None)? }
         }
     };
     if args.json {
@@ -48,6 +50,11 @@ fn lines(status: &StatusInfo) -> Vec<String> {
         (other, _) => other.to_owned(),
     };
     let agent = if status.agent { format!("running, version {}", status.version) } else { "not running".into() };
+    let configuration = match (&*status.configuration, status.agent) {
+        ([], _) => "read".to_owned(),
+        (problems, true) => format!("not in force as it is written: {}", problems.join("; ")),
+        (problems, false) => problems.join("; "),
+    };
     vec![
         format!("agent:      {agent}"),
         format!("events:     {}", status.events),
@@ -56,5 +63,6 @@ fn lines(status: &StatusInfo) -> Vec<String> {
         format!("withdrawn:  {}", status.withdrawn),
         format!("containers: {}", status.containers),
         format!("grants:     {}", status.grants),
+        format!("config:     {configuration}"),
     ]
 }

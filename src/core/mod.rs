@@ -12,6 +12,7 @@ pub mod event;
 pub mod explanation;
 pub mod facts;
 pub mod filter_program;
+pub mod flood;
 pub mod glob;
 pub mod grammar;
 pub mod ledger;

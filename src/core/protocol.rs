@@ -25,6 +25,9 @@ pub enum Request {
     /// How the agent is.
     #[serde(rename = "io.qmhotplug.Status")]
     Status(Nothing),
+    /// Read the configuration again.
+    #[serde(rename = "io.qmhotplug.Reload")]
+    Reload(Nothing),
     /// What happens from now on: a stream of [`crate::core::event::Event`], for callers that take more answers than one.
     #[serde(rename = "io.qmhotplug.Monitor")]
     Monitor(Monitor),
@@ -168,6 +171,9 @@ pub struct StatusInfo {
     pub grants: usize,
     /// Where device events come from: `udev`, `kernel`, or `none` without an agent.
     pub events: String,
+    /// What is wrong with the configuration, each `FILE:LINE:COLUMN: REASON`: it was refused, or files were passed over.
+    #[serde(default)]
+    pub configuration: Vec<String>,
 }
 
 /// An answer: parameters, or an error's name with its parameters.

@@ -194,5 +194,6 @@ pub fn status(cgroups: &CgroupRoot, containers: usize, grants: usize, events: Op
         containers,
         grants,
         events: events.unwrap_or("none").to_owned(),
+        configuration: Vec::new(),
     })
 }

@@ -1,20 +1,7 @@
 //! What this process and this host must be like for the work to be possible.
 
-use caps::{CapSet, Capability};
-
 use crate::error::{Error, Result};
-
-/// What each capability is for; without one of these nothing works.
-pub const NEEDED: [(Capability, &str); 8] = [
-    (Capability::CAP_SYS_ADMIN, "to load device programs and to join mount namespaces"),
-    (Capability::CAP_SYS_CHROOT, "to join mount namespaces"),
-    (Capability::CAP_MKNOD, "to make device nodes"),
-    (Capability::CAP_CHOWN, "to give a node its owner"),
-    (Capability::CAP_FOWNER, "to replace nodes that belong to others"),
-    (Capability::CAP_DAC_OVERRIDE, "to write into a container's /dev"),
-    (Capability::CAP_DAC_READ_SEARCH, "to read the runtimes' state"),
-    (Capability::CAP_SYS_PTRACE, "to look at a container's root through /proc"),
-];
+use crate::sys::caps;
 
 /// Inodes of the initial namespaces (include/linux/proc_ns.h).
 const INITIAL: [(&str, u64, &str); 3] = [
@@ -43,13 +30,7 @@ impl Host {
 
 /// Checks that this process may do the work at all: root's capabilities, and outside of any container.
 pub fn require_fitness() -> Result<()> {
-    for (capability, purpose) in NEEDED {
-        if !caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false) {
-            return Err(Error::Unfit(format!(
-                "{capability} is missing, which is needed {purpose}: run as root, with sudo"
-            )));
-        }
-    }
+    caps::require()?;
     for (name, initial, what) in INITIAL {
         let path = format!("/proc/self/ns/{name}");
         // A kernel without that kind of namespace has only the initial one.

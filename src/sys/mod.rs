@@ -4,6 +4,7 @@ pub mod arrival;
 mod asker;
 pub mod block;
 pub mod bpf;
+pub mod caps;
 pub mod cgroup;
 pub mod clock;
 pub mod devfs;

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use caps::{CapSet, Capability};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use qm_hotplug::sys::host::NEEDED;
+use qm_hotplug::sys::caps::NEEDED;
 use rustix::io::Errno;
 
 use crate::kernel_bpf::refuse_bpf;
