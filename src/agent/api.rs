@@ -93,12 +93,7 @@ async fn answer(
 
 /// Hands on events until the caller hangs up. One that reads slowly keeps nobody waiting: events that it has no room for
 /// are lost to it, and it is told how many.
-async fn tell(
-    mut stream: UnixStream,
-    mut events: broadcast::Receiver<Event>,
-    ready: Reply,
-    calls: mpsc::Sender<Call>,
-) {
+async fn tell(mut stream: UnixStream, mut events: broadcast::Receiver<Event>, ready: Reply, calls: mpsc::Sender<Call>) {
     let only = match serde_json::from_value(ready.parameters) {
         Ok(Event::Ready { container: Some(container), id: Some(id) }) => Some((container, id)),
         _ => None,

@@ -175,12 +175,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
 
 /// Works through what has happened until now, so that the kernel and the ledger are left as the last event wants them.
 /// What there is no time for is found by the next agent, which compares everything.
-fn drain(
-    executor: &mut Executor,
-    registry: &mut Registry,
-    refusals: &mut Refusals,
-    news: &mut mpsc::Receiver<News>,
-) {
+fn drain(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusals, news: &mut mpsc::Receiver<News>) {
     let until = Instant::now() + DRAIN;
     while Instant::now() < until
         && let Ok(next) = news.try_recv()

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use crate::core::text::printable;
+use crate::core::text::{is_printable, printable};
 use crate::error::{Error, Result};
 
 /// One line; control characters from containers are spelt out.
@@ -15,7 +15,17 @@ pub(super) fn line(text: &str) -> Result<()> {
 
 /// One JSON document on one line.
 pub(super) fn json(value: &impl Serialize) -> Result<()> {
-    write(&format!("{}\n", serde_json::to_string(value).expect("our own types are printable")))
+    write(&format!("{}\n", json_text(value)))
+}
+
+/// Control characters, which JSON allows in part, are spelt out as JSON does.
+fn json_text(value: &impl Serialize) -> String {
+    let text = serde_json::to_string(value).expect("our own types are printable");
+    // There are none of them outside of strings.
+    text.chars().fold(String::new(), |text, one| match is_printable(one) {
+        true => text + one.encode_utf8(&mut [0; 4]),
+        false => text + &format!("\\u{:04x}", u32::from(one)),
+    })
 }
 
 /// Columns as wide as their widest cell; the last one is not padded.
@@ -35,8 +45,7 @@ pub(super) fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) ->
 
 /// One line of many, as JSON or as text; `false` when nobody reads them any more.
 pub(super) fn event(value: &(impl Serialize + Display), as_json: bool) -> Result<bool> {
-    let text = || printable(&value.to_string());
-    let line = if as_json { serde_json::to_string(value).expect("our own types are printable") } else { text() };
+    let line = if as_json { json_text(value) } else { printable(&value.to_string()) };
     try_write(&format!("{line}\n"))
 }
 

@@ -139,10 +139,7 @@ fn a_bad_file_is_passed_over_whole() {
         ),
     ] {
         let (settings, problems) = settings(&[file, "[category.other]\nnodes = ['/dev/other']"]);
-        assert!(
-            problems.len() == 1 && problems[0].starts_with(&format!("/etc/0.toml:{problem}")),
-            "{problems:?}"
-        );
+        assert!(problems.len() == 1 && problems[0].starts_with(&format!("/etc/0.toml:{problem}")), "{problems:?}");
         assert!(settings.categories.named("robot").is_none() && settings.categories.named("other").is_some(), "{file}");
         assert_eq!(settings.policies.unreadable, None);
     }

@@ -1,11 +1,17 @@
 //! Text that comes from containers, made fit for a terminal and a log.
 
+/// Whether a character is fit for a terminal and a log: no control character, and none that turns the order of others
+/// around or ends a line.
+pub fn is_printable(one: char) -> bool {
+    let turns = matches!(one, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    !one.is_control() && !turns && !matches!(one, '\u{2028}' | '\u{2029}')
+}
+
 /// Replaces control characters (a container chooses its name, its paths and its annotations) by their escapes.
 pub fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
-            let escaped = c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-            let (plain, escape) = if escaped { (None, Some(c.escape_default())) } else { (Some(c), None) };
+            let (plain, escape) = if is_printable(c) { (Some(c), None) } else { (None, Some(c.escape_default())) };
             plain.into_iter().chain(escape.into_iter().flatten())
         })
         .collect()
@@ -25,6 +31,6 @@ mod tests {
 
     #[test]
     fn terminal_escapes_and_bidi_overrides_are_spelt_out() {
-        assert_eq!(printable("a\x1b[2Jb\n\u{202e}ü"), "a\\u{1b}[2Jb\\n\\u{202e}ü");
+        assert_eq!(printable("a\x1b[2Jb\n\u{202e}\u{2028}ü"), "a\\u{1b}[2Jb\\n\\u{202e}\\u{2028}ü");
     }
 }

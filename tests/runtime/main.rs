@@ -13,6 +13,7 @@ mod hook;
 mod host_dev;
 mod hotplug;
 mod monitor;
+mod operation;
 mod plug;
 mod policy;
 mod precreate;
@@ -55,6 +56,7 @@ fn main() {
         precreate::CASES,
         refusals::CASES,
         monitor::CASES,
+        operation::CASES,
         refused_destinations::CASES,
         refused_containers::CASES,
         verify::CASES,
@@ -69,6 +71,7 @@ fn main() {
     for (name, case) in [
         agent_socket::ONCE,
         monitor::ONCE,
+        operation::ONCE,
         refusals::ONCE,
         refused_containers::ONCE,
         selectors::ONCE,
@@ -89,7 +92,7 @@ fn main() {
     if !arguments.list {
         podman::clean_up();
         plug::remove_links();
-        let _ = std::fs::remove_file(std::env::temp_dir().join(format!("qm-hotplug-agent-{}.log", std::process::id())));
+        let _ = std::fs::remove_file(support::agent_log());
     }
     conclusion.exit();
 }

@@ -195,8 +195,7 @@ fn a_reload_changes_what_it_concerns_and_nothing_else(runtime: &str) {
     configure("[[policy]]\ndeny = 'devname=vcsa51'\n");
     let agent = Agent::start();
     assert_eq!(has(), (0, 0));
-    let reason =
-        format!("what the policy says is not known, so nothing is allowed: {CONFIGURATION}:2:8: invalid type");
+    let reason = format!("what the policy says is not known, so nothing is allowed: {CONFIGURATION}:2:8: invalid type");
     assert!(agent.log().contains(&reason), "{}", agent.log());
     unconfigure();
     agent.reload();

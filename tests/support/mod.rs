@@ -142,6 +142,11 @@ pub fn wait_within(patience: Duration, what: &str, mut test: impl FnMut() -> boo
     }
 }
 
+/// Where agents of this test program log.
+pub fn agent_log() -> PathBuf {
+    std::env::temp_dir().join(format!("qm-hotplug-agent-{}.log", std::process::id()))
+}
+
 /// A running agent. Ends with SIGTERM when dropped.
 pub struct Agent {
     child: Child,
@@ -151,15 +156,25 @@ pub struct Agent {
 impl Agent {
     /// Starts it and waits until its socket answers.
     pub fn start() -> Agent {
-        Agent::start_within(PATIENCE)
+        Agent::start_as(PATIENCE, &[])
     }
 
     /// The same, where there is much to do first.
     pub fn start_within(patience: Duration) -> Agent {
-        let log = std::env::temp_dir().join(format!("qm-hotplug-agent-{}.log", std::process::id()));
+        Agent::start_as(patience, &[])
+    }
+
+    /// The same with more in its environment.
+    pub fn start_with(environment: &[(&str, &str)]) -> Agent {
+        Agent::start_as(PATIENCE, environment)
+    }
+
+    fn start_as(patience: Duration, environment: &[(&str, &str)]) -> Agent {
+        let log = agent_log();
         let stderr = File::options().create(true).append(true).open(&log).unwrap();
         let mut child = Command::new(BINARY)
             .arg("agent")
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr)
