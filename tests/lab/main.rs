@@ -15,6 +15,7 @@ mod gadget;
 mod hook;
 mod install;
 mod nested;
+mod operation;
 mod plug;
 mod qmp;
 mod rootless;
@@ -46,6 +47,7 @@ fn cases() -> impl Iterator<Item = Case> {
         survive::CASES,
         nested::CASES,
         install::CASES,
+        operation::CASES,
         demo::CASES,
         hook::CASES,
         enable::CASES,
