@@ -32,6 +32,7 @@ pub mod settings;
 pub mod spec;
 pub mod text;
 pub mod uevent;
+pub mod waits;
 pub mod withdrawal;
 
 #[cfg(test)]

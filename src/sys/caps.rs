@@ -5,14 +5,16 @@ use caps::{CapSet, Capability, CapsHashSet};
 use crate::error::{Error, Result};
 
 /// What each capability is for; without one of these nothing works.
-pub const NEEDED: [(Capability, &str); 8] = [
+pub const NEEDED: [(Capability, &str); 7] = [
     (Capability::CAP_SYS_ADMIN, "to load device programs and to join mount namespaces"),
     (Capability::CAP_SYS_CHROOT, "to join mount namespaces"),
     (Capability::CAP_MKNOD, "to make device nodes"),
     (Capability::CAP_CHOWN, "to give a node its owner"),
-    (Capability::CAP_FOWNER, "to replace nodes that belong to others"),
-    (Capability::CAP_DAC_OVERRIDE, "to write into a container's /dev"),
-    (Capability::CAP_DAC_READ_SEARCH, "to read the runtimes' state"),
+    (Capability::CAP_FOWNER, "to remove nodes that belong to others from a sticky directory"),
+    (
+        Capability::CAP_DAC_OVERRIDE,
+        "to write into a container's /dev, whatever its permissions, and to read the runtimes' state",
+    ),
     (Capability::CAP_SYS_PTRACE, "to look at a container's root through /proc"),
 ];
 

@@ -3,14 +3,15 @@
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::Duration;
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno as NixErrno;
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{Mode, OFlags, fstat, open};
 use rustix::io::Errno;
 
+use crate::core::waits::Waits;
 use crate::error::{Error, Result};
 use crate::sys::host::Host;
 use crate::sys::process::Process;
@@ -21,6 +22,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Processes (pid, start time) whose container has a thread of ours that did not come back yet.
 static STUCK: Mutex<BTreeSet<(u32, u64)>> = Mutex::new(BTreeSet::new());
+
+/// How long containers have kept us waiting, and since when that is counted.
+static WAITS: LazyLock<(Mutex<Waits<(u32, u64)>>, Instant)> = LazyLock::new(|| (Waits::new().into(), Instant::now()));
 
 /// A container's root directory, as seen by a thread that is in its mount namespace.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +44,8 @@ impl Inside<'_> {
 }
 
 /// Runs `work` on a thread of its own that has joined the container's mount namespace. The thread ends with the work,
-/// so no other code of this process ever finds itself inside; its umask is zero. It is waited for three seconds at most.
+/// so no other code of this process ever finds itself inside; its umask is zero. It is waited for three seconds at most,
+/// and one that has taken as much lately is refused for a while: others wait meanwhile.
 ///
 /// Refused while the root of the process is the host's: early in a container's start the namespace is new but its root
 /// is not yet, and a node would be made on the host.
@@ -60,6 +65,15 @@ pub fn inside<T: Send + 'static>(
     if stuck().contains(&key) {
         return Err(unresponsive());
     }
+    let now = || WAITS.1.elapsed().as_millis() as u64;
+    let waits = || WAITS.0.lock().unwrap_or_else(PoisonError::into_inner);
+    waits().turn(&key, now()).map_err(|left| {
+        Error::TimedOut(format!(
+            "container '{label}': a file system in it answers too slowly, and others wait meanwhile: it has its turn again in {} seconds",
+            left.div_ceil(1000)
+        ))
+    })?;
+    let started = Instant::now();
     let failed =
         |source| Error::InContainer { container: label.to_owned(), what: "start a thread to enter it".into(), source };
     let pidfd = process.as_fd().try_clone_to_owned().map_err(failed)?;
@@ -77,7 +91,9 @@ pub fn inside<T: Send + 'static>(
             let _ = done.send(result);
         })
         .map_err(failed)?;
-    if let Ok(result) = outcome.recv_timeout(PATIENCE) {
+    let outcome_in_time = outcome.recv_timeout(PATIENCE);
+    waits().took(key, started.elapsed().as_millis() as u64, now());
+    if let Ok(result) = outcome_in_time {
         return result;
     }
     let mut stuck = stuck();

@@ -1,6 +1,7 @@
 //! What others send or mount to harm us: forged udev events, and a file system that never answers.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use qm_hotplug::sys::udev;
 use qm_hotplug::sys::uevent::{Received, Uevents};
 
 use crate::stage::Container;
-use crate::support::{qm, wait_for};
+use crate::support::{Agent, qm, wait_for};
 
 pub const TESTS: &[(&str, fn())] = &[
     ("foreign::a_forged_udev_event_makes_no_device_another_one", forged_event),
@@ -20,6 +21,7 @@ pub const TESTS: &[(&str, fn())] = &[
     ("foreign::what_nobody_reads_is_told_as_lost", unread_events),
     ("foreign::what_the_kernel_did_not_send_is_no_event", forged_by_others),
     ("foreign::a_dev_that_never_answers_is_given_up", a_dev_that_never_answers),
+    ("foreign::a_dev_that_answers_slowly_gets_a_share_of_the_time", a_dev_that_answers_slowly),
 ];
 
 /// udev's group of the uevent socket.
@@ -138,6 +140,44 @@ fn next<T>(events: &mut Uevents, read: impl Fn(&[u8]) -> Option<T>) -> Option<T>
         }
     });
     found.flatten()
+}
+
+/// Answers each request on a FUSE device after a second, and all but the first (linux/fuse.h: FUSE_INIT) with EIO.
+fn answer_slowly(mut fuse: &File) {
+    let mut request = vec![0; 1 << 17];
+    while let Ok(length) = fuse.read(&mut request)
+        && length >= 16
+    {
+        let is_first = request[4..8] == 26u32.to_ne_bytes();
+        let body = if is_first { [7u32, 31, 0, 0, 0, 1 << 16].map(u32::to_ne_bytes).concat() } else { Vec::new() };
+        let body = if is_first { [body, vec![0; 40]].concat() } else { body };
+        let error = if is_first { 0 } else { -libc::EIO };
+        let head = [(16 + body.len() as u32).to_ne_bytes(), error.to_ne_bytes()].concat();
+        std::thread::sleep(Duration::from_secs(1));
+        let _ = fuse.write(&[&head, &request[8..16], &body[..]].concat());
+    }
+}
+
+fn a_dev_that_answers_slowly() {
+    let fuse = File::options().read(true).write(true).open("/dev/fuse").unwrap();
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", fuse.as_fd().as_raw_fd());
+    let container = Container::prepared(|root| {
+        mount(Some("slow"), &root.join("dev"), Some("fuse"), MsFlags::empty(), Some(options.as_str())).unwrap();
+    });
+    let other = Container::new();
+    std::thread::spawn(move || answer_slowly(&fuse));
+    let (_agent, started) = (Agent::start(), Instant::now());
+    let attach = |container: &Container| qm(&["attach", &container.name(), "/dev/null", "/dev/x"]);
+    for _ in 0..20 {
+        assert_ne!(attach(&container).code, 0);
+    }
+    assert!(started.elapsed() < Duration::from_secs(9), "the agent was held up for {:?}", started.elapsed());
+    attach(&container).fails(6, "answers too slowly, and others wait meanwhile");
+    let started = Instant::now();
+    attach(&other).ok();
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    assert_eq!(crate::support::grants().len(), 1);
+    qm(&["detach", &other.name(), "/dev/x"]).ok();
 }
 
 fn a_dev_that_never_answers() {

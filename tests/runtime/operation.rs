@@ -18,6 +18,7 @@ use crate::{Case, CaseOnce};
 pub(crate) const CASES: &[Case] = &[
     ("operation::systemd_is_told_how_the_agent_is", systemd_is_told_how_the_agent_is),
     ("operation::its_end_in_a_storm_leaves_ledger_and_kernel_alike", its_end_in_a_storm_leaves_ledger_and_kernel_alike),
+    ("operation::a_dev_that_its_container_has_locked_is_served", a_dev_that_its_container_has_locked_is_served),
     ("operation::what_a_container_is_called_stays_on_its_line", what_a_container_is_called_stays_on_its_line),
 ];
 
@@ -261,6 +262,22 @@ fn what_a_container_is_called_stays_on_its_line(runtime: &str) {
     let shown = qm(&["ps", "--json"]).ok();
     assert!(!shown.contains('\u{1b}') && !shown.contains('\u{202e}'), "{shown}");
     drop(c);
+}
+
+/// Its root is in want of no permission, ours of CAP_DAC_OVERRIDE, and of CAP_FOWNER where the directory is sticky.
+fn a_dev_that_its_container_has_locked_is_served(runtime: &str) {
+    let _agent = Agent::start();
+    let c = Container::start(runtime, "qmh-locked", &TTYS);
+    assert_has_ttys(&c);
+    c.sh("chown 7:7 /dev && chmod 1555 /dev").ok();
+    let device = block(52);
+    qm(&["attach", &c.name, &device.path, "/dev/mine", "--uid", "8"]).ok();
+    assert!(c.node("/dev/mine").is_some_and(|node| node.starts_with("b 7:52 8:")));
+    trigger("remove", "tty3");
+    device.unplug();
+    wait_for("both to go", || c.node("/dev/mine").is_none() && c.node("/dev/tty3").is_none());
+    trigger("add", "tty3");
+    wait_for("it to be back", || c.node("/dev/tty3").is_some());
 }
 
 fn it_may_do_what_it_needs_and_no_more() {
