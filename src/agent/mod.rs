@@ -79,6 +79,9 @@ fn wait_for_lock() -> Result<Executor> {
 }
 
 async fn serve(mut executor: Executor) -> Result<()> {
+    let on = |kind| signal(kind).map_err(Error::host("handle signals"));
+    // Before anything takes time: without a handler it would end the agent.
+    let mut hang_up = on(SignalKind::hangup())?;
     // Subscribe first, then look: what happens in between is in the channel.
     let (sender, mut news) = mpsc::channel(QUEUE);
     let watched = watch::start(sender).map_err(Error::host("subscribe to device and container events"))?;
@@ -89,9 +92,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
     let listener = api::listen(&path).map_err(Error::host(format!("listen at {}", path.display())))?;
     let (caller, mut calls) = mpsc::channel::<Call>(16);
     let mut callers = JoinSet::new();
-    let on = |kind| signal(kind).map_err(Error::host("handle signals"));
-    let (mut terminate, mut interrupt, mut hang_up) =
-        (on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?);
+    let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
     tracing::info!(
         "ready: {} containers, {} devices, {} grants, events from {}",
         registry.containers.len(),

@@ -26,12 +26,14 @@ impl Debt {
     }
 }
 
-impl<K: Ord> Waits<K> {
-    /// None owes anything.
-    pub const fn new() -> Waits<K> {
+/// None owes anything.
+impl<K> Default for Waits<K> {
+    fn default() -> Waits<K> {
         Waits(BTreeMap::new())
     }
+}
 
+impl<K: Ord> Waits<K> {
     /// Whether it is a container's turn; else in how many milliseconds it will be.
     pub fn turn(&self, container: &K, now: u64) -> Result<(), u64> {
         match self.0.get(container).map_or(0, |debt| debt.left(now)) {
@@ -57,7 +59,7 @@ mod tests {
 
     #[test]
     fn a_slow_one_gets_a_tenth_of_the_time() {
-        let (mut waits, mut now, mut taken) = (Waits::new(), 0, 0);
+        let (mut waits, mut now, mut taken) = (Waits::default(), 0, 0);
         while now < 600_000 {
             match waits.turn(&"slow", now) {
                 Ok(()) => {
@@ -77,7 +79,7 @@ mod tests {
 
     #[test]
     fn one_that_is_as_quick_as_usual_always_has_its_turn() {
-        let mut waits = Waits::new();
+        let mut waits = Waits::default();
         (0..10_000).for_each(|now| waits.took(1, USUAL, now));
         assert_eq!(waits.turn(&1, 10_000), Ok(()));
         waits.took(2, 3_000, 10_000);

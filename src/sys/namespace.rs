@@ -23,8 +23,10 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// Processes (pid, start time) whose container has a thread of ours that did not come back yet.
 static STUCK: Mutex<BTreeSet<(u32, u64)>> = Mutex::new(BTreeSet::new());
 
-/// How long containers have kept us waiting, and since when that is counted.
-static WAITS: LazyLock<(Mutex<Waits<(u32, u64)>>, Instant)> = LazyLock::new(|| (Waits::new().into(), Instant::now()));
+/// How long they have kept us waiting.
+static WAITS: LazyLock<Mutex<Waits<(u32, u64)>>> = LazyLock::new(Mutex::default);
+/// Since when that is counted.
+static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// A container's root directory, as seen by a thread that is in its mount namespace.
 #[derive(Debug, Clone, Copy)]
@@ -65,8 +67,8 @@ pub fn inside<T: Send + 'static>(
     if stuck().contains(&key) {
         return Err(unresponsive());
     }
-    let now = || WAITS.1.elapsed().as_millis() as u64;
-    let waits = || WAITS.0.lock().unwrap_or_else(PoisonError::into_inner);
+    let now = || START.elapsed().as_millis() as u64;
+    let waits = || WAITS.lock().unwrap_or_else(PoisonError::into_inner);
     waits().turn(&key, now()).map_err(|left| {
         Error::TimedOut(format!(
             "container '{label}': a file system in it answers too slowly, and others wait meanwhile: it has its turn again in {} seconds",
