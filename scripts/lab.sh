@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The lab tier: an emulated Debian machine with systemd, udevd, Podman and USB hot-plug.
 #   scripts/lab.sh [bookworm|trixie] [TEST-FILTER]      build what is missing and run the tests (default: bookworm)
+#   scripts/lab.sh soak [RELEASE] [SECONDS]             random plugs, starts, kills and reloads, five minutes by default;
+#                                                       prints a seed, which $QMH_SOAK_SEED repeats
 #   scripts/lab.sh image [RELEASE]                      only build the image, print its directory
 #   scripts/lab.sh shell [RELEASE]                      boot and give a root shell at the serial console
 # Images are kept in $QMH_LAB_CACHE (default /var/cache/qm-hotplug-lab).
@@ -60,7 +62,13 @@ image | shell)
         shell "$release"
     fi
     ;;
--h | --help) sed -n '2,6s/^# \{0,3\}//p' "$0" ;;
+soak)
+    release=${2:-bookworm} seconds=${3:-300}
+    is_release "$release" || die "unknown release: $release (bookworm or trixie)"
+    [[ $seconds =~ ^[1-9][0-9]*$ ]] || die "'$seconds' is no number of seconds"
+    QMH_SOAK_SECONDS=$seconds run_tests "$release"
+    ;;
+-h | --help) sed -n '2,8s/^# \{0,3\}//p' "$0" ;;
 bookworm | trixie)
     shift || true
     run_tests "$command" "$@"

@@ -57,6 +57,13 @@ impl<'vm> Container<'vm> {
         Self::look_up(vm, containers);
     }
 
+    /// After somebody restarted it: its first process is another one.
+    #[track_caller]
+    pub(crate) fn look_again(&mut self) {
+        let vm = self.vm;
+        Self::look_up(vm, std::slice::from_mut(self));
+    }
+
     #[track_caller]
     fn look_up(vm: &Vm, containers: &mut [Self]) {
         let format = "{{.Id}} {{.State.Pid}}";

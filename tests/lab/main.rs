@@ -24,6 +24,7 @@ mod select;
 mod select_ask;
 mod select_options;
 mod smoke;
+mod soak;
 mod survive;
 mod vm;
 
@@ -39,8 +40,11 @@ use crate::vm::{Image, Vm};
 /// A case: its name and what it does with the running machine. It fails by panicking.
 pub(crate) type Case = (&'static str, fn(&Vm));
 
-/// Every case of the tier. A new file of cases is added here.
+/// Every case of the tier. A new file of cases is added here. The soak test runs alone, when it is asked for.
 fn cases() -> impl Iterator<Item = Case> {
+    if std::env::var_os(soak::SECONDS).is_some() {
+        return soak::CASES.to_vec().into_iter();
+    }
     [
         smoke::CASES,
         plug::CASES,
