@@ -2,6 +2,7 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::agent::monitors::Monitors;
@@ -137,6 +138,8 @@ pub(super) struct Registry {
     pub(super) waiting: RefCell<BTreeSet<String>>,
     /// What is to be looked at again after the events that are at hand.
     pub(super) later: Later,
+    /// Places of containers that are starting, which are looked at again.
+    pub(super) starting: BTreeSet<PathBuf>,
     pub(super) watched: Watched,
     /// Those who are told of changes.
     pub(super) monitors: Monitors,
@@ -154,6 +157,7 @@ impl Registry {
             said: Said::default(),
             waiting: RefCell::default(),
             later: Later::default(),
+            starting: BTreeSet::new(),
             watched,
             monitors: Monitors::new(),
         }

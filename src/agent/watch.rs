@@ -5,16 +5,17 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::mpsc::{Sender, WeakSender};
 
 use crate::agent::state_watch::{CgroupWatch, Changed, StateWatch};
 use crate::core::device::Device;
 use crate::core::uevent::{Action, Uevent, parse};
+use crate::runtime::places::{Patterns, Place};
 use crate::sys::ring::Ring;
 use crate::sys::udev;
 use crate::sys::uevent::{Received, Uevents};
@@ -37,8 +38,8 @@ pub(super) enum What {
     Unplugged(Uevent),
     /// Events were lost: compare everything.
     Lost,
-    /// A container's state appeared or changed: index into `STATE_DIRECTORIES`, and its id.
-    State(usize, String),
+    /// What is at a container's place appeared or changed; how often it was looked at since without an outcome.
+    State(Place, u32),
     /// Somebody wrote to the cgroup of the container with this id.
     Cgroup(String),
     /// The process with this token ended.
@@ -60,9 +61,32 @@ pub(super) struct Watched {
     epoll: Arc<OwnedFd>,
     next: u64,
     cgroups: CgroupWatch,
+    news: WeakSender<News>,
 }
 
+/// The longest wait between two looks at a container that is starting, and how many looks there are: for about a minute.
+const LONGEST: Duration = Duration::from_millis(500);
+const LOOKS: u32 = 130;
+
 impl Watched {
+    /// News will come to look at this place again soon, later each time. `false` when it was looked at often enough.
+    pub(super) fn look_again(&self, place: Place, looks: u32) -> bool {
+        if looks >= LOOKS {
+            tracing::debug!("{} does not start: no longer looked at", place.path.display());
+            return false;
+        }
+        // It keeps no channel open that the thread has left.
+        let news = self.news.clone();
+        let delay = LONGEST.min(Duration::from_millis(2 << looks.min(16)));
+        drop(tokio::task::spawn_local(async move {
+            tokio::time::sleep(delay).await;
+            if let Some(news) = news.upgrade() {
+                let _ = news.send(News { at: Instant::now(), what: What::State(place, looks + 1) }).await;
+            }
+        }));
+        true
+    }
+
     /// News of writes to this directory will carry the id.
     pub(super) fn watch_cgroup(&self, directory: &Path, id: &str) -> io::Result<()> {
         self.cgroups.add(directory, id)
@@ -89,11 +113,12 @@ impl Watched {
 /// after this misses nothing.
 pub(super) fn start(news: Sender<News>) -> io::Result<Watched> {
     let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
-    let (kernel, udev, state) = (Uevents::of_kernel()?, Uevents::of_udev()?, StateWatch::start()?);
+    let (kernel, udev, state) = (Uevents::of_kernel()?, Uevents::of_udev()?, StateWatch::start(Patterns::of_host())?);
     for (source, token) in [(kernel.as_fd(), KERNEL), (udev.as_fd(), UDEV), (state.as_fd(), STATE)] {
         epoll::add(&*epoll, source, EventData::new_u64(token), EventFlags::IN)?;
     }
-    let watched = Watched { epoll: Arc::clone(&epoll), next: FIRST_PROCESS, cgroups: state.cgroups() };
+    let watched =
+        Watched { epoll: Arc::clone(&epoll), next: FIRST_PROCESS, cgroups: state.cgroups(), news: news.downgrade() };
     let had_udevd = udev::is_running();
     let watch = Watch { kernel, udev, state, news, overflowed: false, had_udevd };
     std::thread::Builder::new().name("watch".into()).spawn(move || watch.run(&epoll))?;
@@ -223,7 +248,7 @@ impl Watch {
         match self.state.receive() {
             Ok(changed) => changed.into_iter().for_each(|changed| {
                 self.tell(match changed {
-                    Changed::State(directory, id) => What::State(directory, id),
+                    Changed::State(place) => What::State(place, 0),
                     Changed::Cgroup(id) => What::Cgroup(id),
                 });
             }),

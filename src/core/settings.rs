@@ -8,7 +8,7 @@ use crate::core::category::Categories;
 use crate::core::config::{ConfigFile, ContainerConfig, PolicyConfig, line_of};
 use crate::core::glob::Glob;
 use crate::core::grammar::{Author, SyntaxError, selection, selector};
-use crate::core::policy::{Place, Policies, Policy, Subject};
+use crate::core::policy::{NamePattern, Place, Policies, Policy, Subject};
 use crate::core::rule::Rule;
 use crate::core::selection::Selection;
 use crate::core::text::excerpt;
@@ -26,7 +26,7 @@ pub struct Settings {
 /// Rules for the containers of that name.
 #[derive(Debug, Clone)]
 struct ContainerTable {
-    name: Glob,
+    name: NamePattern,
     selections: Vec<Arc<Selection>>,
 }
 
@@ -105,8 +105,7 @@ impl Settings {
 
     /// What this container gets without asking.
     pub fn rules_for(&self, subject: &Subject) -> Vec<Rule> {
-        let is_for = |table: &&ContainerTable| subject.names.iter().any(|name| table.name.matches(name));
-        let tables = self.containers.iter().filter(is_for);
+        let tables = self.containers.iter().filter(|table| table.name.matches(subject));
         tables.flat_map(|table| table.selections.iter().cloned().map(Rule::Selection)).collect()
     }
 
@@ -131,7 +130,7 @@ fn policy(
         config.allow.as_ref().map(|all| all.iter().map(|text| Ok(read(text)?.0)).collect::<Result<_, String>>());
     Ok(Policy {
         place: place(start),
-        container: glob(&config.container)?,
+        container: config.container.as_ref().map(|text| name_pattern(text, place)).transpose()?,
         image: glob(&config.image)?,
         owner: config.owner,
         cgroup: glob(&config.cgroup)?,
@@ -145,17 +144,7 @@ fn container(
     categories: &Categories,
     place: &impl Fn(usize) -> Place,
 ) -> Result<ContainerTable, String> {
-    let text = config.matches.get_ref();
-    let name = match text.split_once(':') {
-        None => text,
-        Some(("podman", name)) => name,
-        Some((kind, _)) => {
-            let line = place(config.matches.span().start).line;
-            return Err(format!("line {line}: '{kind}:' in match is not known: use podman:NAME or a bare name"));
-        }
-    };
-    let start = config.matches.span().start;
-    let name = Glob::parse(name).map_err(|(_, reason)| format!("line {}: match: {reason}", place(start).line))?;
+    let name = name_pattern(&config.matches, place)?;
     let read = |text: &Spanned<String>| {
         let name = excerpt(text.get_ref());
         let selection = selection(&name, text.get_ref(), categories, Author::Root);
@@ -167,6 +156,11 @@ fn container(
 fn glob(text: &Spanned<String>, place: &impl Fn(usize) -> Place) -> Result<Glob, String> {
     let line = || place(text.span().start).line;
     Glob::parse(text.get_ref()).map_err(|(_, reason)| format!("line {}: '{}': {reason}", line(), text.get_ref()))
+}
+
+fn name_pattern(text: &Spanned<String>, place: &impl Fn(usize) -> Place) -> Result<NamePattern, String> {
+    let line = || place(text.span().start).line;
+    NamePattern::parse(text.get_ref()).map_err(|reason| format!("line {}: '{}': {reason}", line(), text.get_ref()))
 }
 
 fn at_line(place: Place, text: &Spanned<String>) -> impl FnOnce(SyntaxError) -> String {
