@@ -21,7 +21,9 @@ pub fn lookup(containers: &[Container], reference: &Reference) -> Result<Contain
     };
     match find(containers, engine, name) {
         Lookup::Found(container) => Ok(container.clone()),
-        Lookup::Missing => Err(Error::NoSuchContainer(engine.map_or(name.clone(), |engine| format!("{engine}:{name}")))),
+        Lookup::Missing => {
+            Err(Error::NoSuchContainer(engine.map_or(name.clone(), |engine| format!("{engine}:{name}"))))
+        }
         Lookup::Ambiguous(several) => Err(Error::AmbiguousContainer {
             name: name.clone(),
             candidates: several.iter().map(|container| container.unmistakable(containers)).collect(),

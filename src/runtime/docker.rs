@@ -144,3 +144,61 @@ pub fn data_root(id: &str, state: &str) -> Option<String> {
         source.strip_suffix(&format!("/containers/{id}/{name}")).map(str::to_owned)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_named_whole() {
+        for (given, whole) in [
+            ("alpine", "docker.io/library/alpine:latest"),
+            ("alpine:3", "docker.io/library/alpine:3"),
+            ("me/web@sha256:ab", "docker.io/me/web@sha256:ab"),
+            ("ghcr.io/me/web", "ghcr.io/me/web:latest"),
+            ("localhost:5000/web:1", "localhost:5000/web:1"),
+            ("localhost/web", "localhost/web:latest"),
+        ] {
+            assert_eq!(whole_name(given), whole);
+        }
+        let image = |image: &str| {
+            parse(&format!(r#"{{"Image":"sha256:9f3cab01","Config":{{"Image":"{image}"}}}}"#)).unwrap().image
+        };
+        assert_eq!(image("9f3cab"), None, "by its id");
+        assert_eq!(image("sha256:9f3cab01"), None);
+        assert_eq!(image("beef"), Some("docker.io/library/beef:latest".into()), "not this one's id");
+    }
+
+    #[test]
+    fn only_where_docker_has_its_own_files_its_data_are() {
+        let state = |destination: &str, source: &str| {
+            format!(r#"{{"config":{{"mounts":[{{}},{{"destination":"{destination}","source":"{source}"}}]}}}}"#)
+        };
+        let root = |destination: &str, source: &str| data_root("a1", &state(destination, source));
+        assert_eq!(root("/etc/hosts", "/srv/docker/containers/a1/hosts").as_deref(), Some("/srv/docker"));
+        assert_eq!(root("/etc/hosts", "/srv/docker/containers/b2/hosts"), None);
+        assert_eq!(root("/data", "/srv/docker/containers/a1/hosts"), None);
+        assert_eq!(data_root("a1", "{}"), None);
+        let spec = r#"{"mounts":[{"destination":"/etc/hostname","source":"/x/containers/a1/hostname"}]}"#;
+        assert_eq!(data_root("a1", spec).as_deref(), Some("/x"), "crun's");
+    }
+
+    #[test]
+    fn labels_count_where_the_image_does_not_bring_them() {
+        let key = |name: &str| format!("{PREFIX}device.{name}");
+        let pairs = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+            pairs.iter().map(|(name, value)| (key(name), (*value).to_owned())).collect()
+        };
+        let asked = |of_image: Result<BTreeMap<String, String>, String>| {
+            let mut container = crate::runtime::crun::parse("a1", r#"{"pid":1,"process-start-time":1}"#, "{}").unwrap();
+            container.annotations = pairs(&[("video", "false")]);
+            let labels = pairs(&[("video", "true"), ("ttyUSB", "true"), ("audio", "1")]);
+            add_labels(&mut container, labels.into_iter().peekable(), || of_image);
+            container.annotations
+        };
+        assert_eq!(asked(Ok(pairs(&[]))), pairs(&[("video", "false"), ("ttyUSB", "true"), ("audio", "1")]));
+        let given = pairs(&[("video", "false"), ("audio", "1")]);
+        assert_eq!(asked(Ok(pairs(&[("ttyUSB", "true"), ("audio", "true")]))), given, "one the image brings");
+        assert_eq!(asked(Err("not there".into())), pairs(&[("video", "false")]));
+    }
+}

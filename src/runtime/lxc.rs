@@ -89,3 +89,48 @@ pub fn load(directory: &Path) -> Result<Found, String> {
     let owner = Process::open(init.parent).and_then(|parent| parent.owner().ok()).unwrap_or(0);
     Ok(Found::Running(Box::new(container(cgroup, monitored, &init, owner))))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_monitor_says_whose_it_is() {
+        let monitored = |path: &str, name: &str| Some(Monitored { path: path.into(), name: name.into() });
+        assert_eq!(parse_monitor(b"[lxc monitor] /var/lib/lxc web\0"), monitored("/var/lib/lxc", "web"));
+        // The title is written over a longer command line.
+        assert_eq!(parse_monitor(b"[lxc monitor] /srv/my lxc web-1\0\0\0"), monitored("/srv/my lxc", "web-1"));
+        for other in [&b"lxc-start\0-F\0-n\0web\0"[..], b"[lxc monitor] web\0", b"[lxc monitor] /x \0", b"\xff", b""] {
+            assert_eq!(parse_monitor(other), None, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn init_is_the_first_process_of_a_namespace_directly_below_ours() {
+        for (status, expected) in [
+            ("Name:\tinit\nNSpid:\t4711\t1\n", true),
+            ("NSpid:\t4711\n", false),
+            ("NSpid:\t4711\t17\n", false),
+            ("NSpid:\t4711\t17\t1\n", false),
+            ("Name:\tNSpid:\t1\t1\n", false),
+            ("", false),
+        ] {
+            assert_eq!(is_init(status), expected, "{status:?}");
+        }
+    }
+
+    #[test]
+    fn every_container_has_an_id_of_its_own() {
+        let init = Process::open(std::process::id()).unwrap();
+        let id = |cgroup: &str, monitored: Option<(&str, &str)>| {
+            let monitored = monitored.map(|(path, name)| Monitored { path: path.into(), name: name.into() });
+            let its = container(cgroup, monitored, &init, 0);
+            (its.id, its.name.unwrap(), its.runtime)
+        };
+        let is = |id: &str, name: &str, runtime| (id.to_owned(), name.to_owned(), runtime);
+        assert_eq!(id("lxc.payload.web", Some((LXC_PATH, "web"))), is("lxc:web", "web", Runtime::Lxc));
+        assert_eq!(id("lxc.payload.web-1", Some((INCUS_PATH, "web"))), is("incus:web", "web", Runtime::Incus));
+        assert_eq!(id("lxc.payload.web-2", Some(("/srv/lxc/", "web"))), is("lxc:/srv/lxc/web", "web", Runtime::Lxc));
+        assert_eq!(id("lxc.payload.db", None), is("lxc:db", "db", Runtime::Lxc));
+    }
+}

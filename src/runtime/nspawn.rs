@@ -86,3 +86,39 @@ pub fn load(path: &Path) -> Result<Found, String> {
 fn is_alone(cgroup: &str) -> bool {
     CgroupRoot::find().is_ok_and(|root| root.processes_below(cgroup).len() <= 1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_of_others_are_no_containers() {
+        let file = "# This is private data. Do not parse.\nNAME=web\nSCOPE=machine-web.scope\nSERVICE=systemd-nspawn\n\
+                    ROOT=/var/lib/machines/web\nLEADER=412\nCLASS=container\nREALTIME=1\n";
+        let web = Machine { leader: 412, unit: "machine-web.scope".into() };
+        assert_eq!(parse(file), Ok(Some(web.clone())));
+        assert_eq!(parse(&file.replace("SCOPE=", "UNIT=")), Ok(Some(web)));
+        assert_eq!(parse(&file.replace("CLASS=container", "CLASS=vm")), Ok(None));
+        assert_eq!(parse(&file.replace("systemd-nspawn", "libvirt-lxc")), Ok(None));
+        assert_eq!(parse(""), Ok(None));
+        for damaged in ["LEADER=412", "SCOPE=machine-web.scope"] {
+            assert!(parse(&file.replace(damaged, "")).is_err(), "without {damaged}");
+        }
+        assert!(parse(&file.replace("412", "0")).is_err());
+    }
+
+    #[test]
+    fn the_container_is_in_payload() {
+        let own = |of_leader: &str| own_cgroup("machine-web.scope", of_leader);
+        let payload = Some("/machine.slice/machine-web.scope/payload".to_owned());
+        assert_eq!(own("/machine.slice/machine-web.scope/payload"), payload);
+        assert_eq!(own("/machine.slice/machine-web.scope/payload/init.scope"), payload);
+        assert_eq!(own("/machine.slice/machine-web.scope").as_deref(), Some("/machine.slice/machine-web.scope"));
+        assert_eq!(
+            own("/machine.slice/machine-web.scope/x/payload").as_deref(),
+            Some("/machine.slice/machine-web.scope")
+        );
+        assert_eq!(own("/user.slice"), None);
+        assert_eq!(own("/"), None);
+    }
+}

@@ -153,7 +153,8 @@ mod tests {
     fn what_a_path_is() {
         let patterns = Patterns::of_host();
         let matches = |path: &str| patterns.matches(Path::new(path));
-        for path in ["/", "/run", "/run/crun", "/run/docker", "/run/docker/runtime-runc/moby", "/run/systemd/machines"] {
+        for path in ["/", "/run", "/run/crun", "/run/docker", "/run/docker/runtime-runc/moby", "/run/systemd/machines"]
+        {
             assert_eq!(matches(path), Some(Match::Above), "{path}");
         }
         for (path, adapter) in [

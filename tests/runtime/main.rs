@@ -8,6 +8,7 @@ mod agent_restart;
 mod agent_socket;
 mod attach;
 mod detach;
+mod engines;
 mod hook;
 mod host_dev;
 mod hotplug;
@@ -58,6 +59,7 @@ fn main() {
         verify::CASES,
         selectors::CASES,
         policy::CASES,
+        engines::CASES,
     ];
     let each = |(name, case): &Case| {
         let case = *case;
