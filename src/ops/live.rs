@@ -85,10 +85,13 @@ pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<Holder> {
         ));
     }
     if process.has_own_user_namespace().map_err(look("user namespace"))? {
-        return Err(refuse(
-            "it has a user namespace, where device nodes cannot be opened: start it without --userns and as root"
-                .into(),
-        ));
+        let without = match container.runtime {
+            Runtime::Lxc => "take lxc.idmap out of its configuration",
+            Runtime::Incus => "set its security.privileged to true",
+            Runtime::Nspawn => "start it with --private-users=no",
+            _ => "start it without --userns and as root",
+        };
+        return Err(refuse(format!("it has a user namespace, where device nodes cannot be opened: {without}")));
     }
     let (unified, v1_devices) = process.cgroups().map_err(|_| Error::ContainerExited(label.clone()))?;
     if let Some(path) = v1_devices.filter(|path| path != "/") {

@@ -107,25 +107,25 @@ pub fn describe(container: &mut Container, state: &str) {
         Ok(described) => described,
         Err(reason) => return tracing::debug!(container = container.id, "its name is not known: {reason}"),
     };
-    (container.name, container.image) = (described.name, described.image);
-    let ours = described.labels.into_iter().filter(|(key, _)| key.starts_with(PREFIX)).peekable();
-    add_labels(container, ours, || {
-        let file = described.image_file.ok_or("where its image's labels are is not known")?;
-        parse_image(&read(&root.join(file))?)
-    });
+    add(container, described, |file| parse_image(&read(&root.join(file))?));
 }
 
-fn add_labels(
+/// Adds what Docker knows; `labels_of` reads the file of the container's image.
+pub fn add(
     container: &mut Container,
-    mut labels: std::iter::Peekable<impl Iterator<Item = (String, String)>>,
-    of_image: impl FnOnce() -> Result<BTreeMap<String, String>, String>,
+    described: Described,
+    labels_of: impl FnOnce(&str) -> Result<BTreeMap<String, String>, String>,
 ) {
-    if labels.peek().is_none() {
+    container.runtime = Runtime::Docker;
+    (container.name, container.image) = (described.name, described.image);
+    let mut ours = described.labels.into_iter().filter(|(key, _)| key.starts_with(PREFIX)).peekable();
+    if ours.peek().is_none() {
         return;
     }
-    match of_image() {
+    let of_image = described.image_file.ok_or("where its image's labels are is not known".to_owned());
+    match of_image.and_then(|file| labels_of(&file)) {
         Ok(of_image) => {
-            for (key, value) in labels.filter(|(key, value)| of_image.get(key) != Some(value)) {
+            for (key, value) in ours.filter(|(key, value)| of_image.get(key) != Some(value)) {
                 container.annotations.entry(key).or_insert(value);
             }
         }
@@ -193,7 +193,8 @@ mod tests {
             let mut container = crate::runtime::crun::parse("a1", r#"{"pid":1,"process-start-time":1}"#, "{}").unwrap();
             container.annotations = pairs(&[("video", "false")]);
             let labels = pairs(&[("video", "true"), ("ttyUSB", "true"), ("audio", "1")]);
-            add_labels(&mut container, labels.into_iter().peekable(), || of_image);
+            let described = Described { labels, image_file: Some("x".into()), ..Described::default() };
+            add(&mut container, described, |_| of_image);
             container.annotations
         };
         assert_eq!(asked(Ok(pairs(&[]))), pairs(&[("video", "false"), ("ttyUSB", "true"), ("audio", "1")]));

@@ -21,17 +21,24 @@ pub struct Machine {
 /// Reads a machine's file. `None` for machines of others, such as virtual machines; errors are in words.
 pub fn parse(text: &str) -> Result<Option<Machine>, String> {
     let lines = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once('='));
-    let fields: HashMap<&str, &str> = lines.map(|(key, value)| (key, value.trim_matches('"'))).collect();
-    if fields.get("SERVICE") != Some(&"systemd-nspawn") || fields.get("CLASS") != Some(&"container") {
+    let fields: HashMap<&str, String> = lines.map(|(key, value)| (key, unescaped(value))).collect();
+    let field = |name: &str| fields.get(name).map(String::as_str);
+    if field("SERVICE") != Some("systemd-nspawn") || field("CLASS") != Some("container") {
         return Ok(None);
     }
-    let leader = fields.get("LEADER").and_then(|pid| pid.parse().ok()).filter(|pid| *pid > 0);
+    let leader = field("LEADER").and_then(|pid| pid.parse().ok()).filter(|pid| *pid > 0);
     // "SCOPE" is the name of the field for a service as well; it was "UNIT" at times.
-    let unit = fields.get("SCOPE").or(fields.get("UNIT")).filter(|unit| !unit.is_empty());
+    let unit = field("SCOPE").or(field("UNIT")).filter(|unit| !unit.is_empty());
     match leader.zip(unit) {
-        Some((leader, unit)) => Ok(Some(Machine { leader, unit: (*unit).to_owned() })),
+        Some((leader, unit)) => Ok(Some(Machine { leader, unit: unit.to_owned() })),
         None => Err("it names no LEADER, or neither SCOPE nor UNIT".into()),
     }
+}
+
+/// A value, perhaps in quotes; a backslash stands before one that is meant (`machine-a\\x2db.scope` of a machine `a-b`).
+fn unescaped(value: &str) -> String {
+    let mut characters = value.trim_matches('"').chars();
+    std::iter::from_fn(|| characters.next().and_then(|c| if c == '\\' { characters.next() } else { Some(c) })).collect()
 }
 
 /// The container's own cgroup, from that of its first process: nspawn keeps the container in `payload` below the unit,
@@ -100,6 +107,8 @@ mod tests {
         assert_eq!(parse(&file.replace("SCOPE=", "UNIT=")), Ok(Some(web)));
         assert_eq!(parse(&file.replace("CLASS=container", "CLASS=vm")), Ok(None));
         assert_eq!(parse(&file.replace("systemd-nspawn", "libvirt-lxc")), Ok(None));
+        let dashed = file.replace("machine-web", r"machine-my\\x2dweb");
+        assert_eq!(parse(&dashed).unwrap().unwrap().unit, r"machine-my\x2dweb.scope");
         assert_eq!(parse(""), Ok(None));
         for damaged in ["LEADER=412", "SCOPE=machine-web.scope"] {
             assert!(parse(&file.replace(damaged, "")).is_err(), "without {damaged}");

@@ -18,6 +18,7 @@ mod nested;
 mod plug;
 mod qmp;
 mod rootless;
+mod runtimes;
 mod seat;
 mod select;
 mod select_ask;
@@ -54,6 +55,7 @@ fn cases() -> impl Iterator<Item = Case> {
         select_options::CASES,
         select_ask::CASES,
         rootless::CASES,
+        runtimes::CASES,
     ]
     .concat()
     .into_iter()
