@@ -77,8 +77,8 @@ impl StateWatch {
         Ok(watch)
     }
 
-    /// What appeared or changed since the last time. An
-    /// error means that events were lost; everything that is there now is watched again then.
+    /// What appeared or changed since the last time. An error means that events were lost; everything that is there now is
+    /// watched again then.
     pub(super) fn receive(&mut self) -> io::Result<Vec<Changed>> {
         let mut changed = Vec::new();
         loop {
@@ -112,7 +112,7 @@ impl StateWatch {
         Ok(changed)
     }
 
-    /// From the root on, so that nothing has to be there.
+    /// Watches all that is there, from the root on, since none of it has to be there.
     fn look_at_all(&mut self) -> io::Result<()> {
         for base in self.patterns.bases() {
             for directory in base.ancestors().collect::<Vec<_>>().into_iter().rev() {

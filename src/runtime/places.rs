@@ -117,7 +117,7 @@ impl Patterns {
         self.0.iter().find_map(|pattern| pattern.matches(path))
     }
 
-    /// The directories to begin with: those above all containers, and those above them that exist always.
+    /// The directories to begin with, one for each pattern. They need not exist.
     pub fn bases(&self) -> Vec<PathBuf> {
         let mut bases: Vec<PathBuf> = self.0.iter().map(Pattern::base).collect();
         bases.dedup();

@@ -3,19 +3,24 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::Case;
 use crate::plug::trigger;
 use crate::support::podman::{Container, place, runtime as call};
 use crate::support::{Agent, configure, grants, qm, wait_for};
+use crate::{Case, CaseOnce};
 
 pub(crate) const CASES: &[Case] = &[
     ("engines::containers_are_found_where_docker_has_them", containers_are_found_where_docker_has_them),
     ("engines::containers_are_found_in_namespaces_of_containerd", containers_are_found_in_namespaces_of_containerd),
     ("engines::a_name_that_two_engines_know_is_ambiguous", a_name_that_two_engines_know_is_ambiguous),
 ];
+
+pub(crate) const ONCE: &[CaseOnce] =
+    &[("engines::a_cgroup_of_lxc_is_a_container_once_its_own_program_runs", a_cgroup_of_lxc_is_a_container)];
 
 const DOCKER: &str = "/run/docker/runtime-lab/moby";
 const CONTAINERD: &str = "/run/containerd/runc/qmh-lab";
@@ -151,4 +156,73 @@ fn a_name_that_two_engines_know_is_ambiguous(runtime: &str) {
     assert!(by_containerd.opens("/dev/tty5") && !by_podman.opens("<>", "/dev/tty5"));
     qm(&["attach", "podman:qmh-same", "/dev/tty5"]).ok();
     assert!(by_podman.opens("<>", "/dev/tty5"));
+}
+
+/// What LXC makes of a container, made by hand: a cgroup with a process that is the first of its own namespace, and that
+/// runs what its parent does until it starts another program.
+struct Payload {
+    cgroup: PathBuf,
+    monitor: Child,
+}
+
+impl Payload {
+    fn start(cgroup: &str, go: &Path) -> Payload {
+        let cgroup = Path::new("/sys/fs/cgroup").join(cgroup);
+        let root = place().join("rootfs");
+        // Another file than what calls it.
+        if fs::create_dir(root.join("own")).is_ok() {
+            fs::copy("/bin/busybox", root.join("own/sleep")).unwrap();
+        }
+        fs::create_dir(&cgroup).unwrap();
+        let (root, go, procs) = (root.display(), go.display(), cgroup.join("cgroup.procs"));
+        let init = format!(
+            "echo 0 >{}; mount -t tmpfs none {root}/dev; while ! test -e {go}; do sleep 0.05; done; \
+             exec chroot {root} /own/sleep 1000",
+            procs.display()
+        );
+        let arguments = ["unshare", "--mount", "--pid", "--fork", "/bin/busybox", "sh", "-c", &init];
+        let monitor = Command::new("/bin/busybox").args(arguments).stdin(Stdio::null()).spawn().unwrap();
+        Payload { cgroup, monitor }
+    }
+
+    fn init(&self) -> Option<u32> {
+        fs::read_to_string(self.cgroup.join("cgroup.procs")).unwrap().lines().next()?.parse().ok()
+    }
+}
+
+impl Drop for Payload {
+    fn drop(&mut self) {
+        let _ = fs::write(self.cgroup.join("cgroup.kill"), "1");
+        let _ = self.monitor.kill();
+        let _ = self.monitor.wait();
+        wait_for("its cgroup to be empty", || fs::remove_dir(&self.cgroup).is_ok());
+    }
+}
+
+fn a_cgroup_of_lxc_is_a_container() {
+    configure("[[container]]\nmatch = 'lxc:qmh-*'\ndevices = ['devname=/dev/tty5']");
+    let go = place().join("go");
+    let agent = Agent::start();
+    let starting = Payload::start("lxc.payload.qmh-web", &go);
+    wait_for("its init", || starting.init().is_some());
+    std::thread::sleep(Duration::from_millis(300));
+    qm(&["attach", "lxc:qmh-web", "/dev/tty4"]).fails(3, "no running container 'lxc:qmh-web'");
+    assert_eq!(grants().len(), 0);
+    fs::write(&go, "").unwrap();
+    wait_for("its console", || grants().len() == 1);
+    let grant = &grants()[0];
+    assert_eq!((&grant["id"], &grant["container"]), (&json!("lxc:qmh-web"), &json!("qmh-web")));
+    let node = format!("/proc/{}/root/dev/tty5", starting.init().unwrap());
+    assert!(Path::new(&node).exists());
+    // Also of a container that is found starting.
+    agent.stop();
+    fs::remove_file(&go).unwrap();
+    let second = Payload::start("lxc.payload.qmh-db", &go);
+    wait_for("its init", || second.init().is_some());
+    let _agent = Agent::start();
+    assert_eq!(grants().len(), 1);
+    fs::write(&go, "").unwrap();
+    wait_for("the second's console", || grants().len() == 2);
+    drop(starting);
+    wait_for("the first's to go", || grants().len() == 1);
 }

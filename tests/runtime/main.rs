@@ -66,10 +66,17 @@ fn main() {
         podman::RUNTIMES.map(|runtime| trial(format!("{name}::{runtime}"), move || case(runtime)))
     };
     let mut trials: Vec<Trial> = cases.into_iter().flatten().flat_map(each).collect();
-    for (name, case) in
-        [agent_socket::ONCE, monitor::ONCE, refusals::ONCE, refused_containers::ONCE, selectors::ONCE, policy::ONCE]
-            .into_iter()
-            .flatten()
+    for (name, case) in [
+        agent_socket::ONCE,
+        monitor::ONCE,
+        refusals::ONCE,
+        refused_containers::ONCE,
+        selectors::ONCE,
+        policy::ONCE,
+        engines::ONCE,
+    ]
+    .into_iter()
+    .flatten()
     {
         trials.push(trial((*name).to_owned(), case));
     }
