@@ -15,7 +15,6 @@ use crate::core::uevent::Uevent;
 use crate::core::withdrawal::{self, Presence};
 use crate::ops::Executor;
 use crate::runtime::places::{Patterns, Place};
-use crate::runtime::{self, Found};
 use crate::sys::process::is_gone;
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::{block, udev};
@@ -26,9 +25,8 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
         Ok(devices) => registry.devices = devices.into_iter().map(|d| (d.identity.devpath.clone(), d)).collect(),
         Err(error) => tracing::error!("cannot list the devices of this host: {error}"),
     }
-    registry.starting.clear();
     for place in Patterns::of_host().places() {
-        drop(find(executor, registry, place, 0));
+        drop(registry.look_at(&executor.cgroups, place, None));
     }
     let observed = executor.ledger.entries().to_vec();
     let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
@@ -105,37 +103,19 @@ pub(super) fn catch_up(executor: &mut Executor, registry: &mut Registry) {
     }
 }
 
-/// What is at a container's place appeared or changed.
-pub(super) fn container(executor: &mut Executor, registry: &mut Registry, place: Place, looks: u32, since: Instant) {
-    let Some((id, is_new)) = find(executor, registry, place, looks) else { return };
+/// What is at a container's place appeared or changed, or was `starting` since then when it was last looked at.
+pub(super) fn container(
+    executor: &mut Executor,
+    registry: &mut Registry,
+    place: Place,
+    starting: Option<Instant>,
+    since: Instant,
+) {
+    let Some((id, is_new)) = registry.look_at(&executor.cgroups, place, starting) else { return };
     if !is_new && executor.ledger.entries().iter().any(|entry| entry.grant.holder.id == id) {
         return mark_again(executor, &id);
     }
     all_of(executor, registry, &BTreeSet::from([id]), "", since);
-}
-
-/// Takes in the container at that place: its id, and whether it has to be looked at. One that is starting without a sign
-/// when it has is looked at again.
-fn find(executor: &Executor, registry: &mut Registry, place: Place, looks: u32) -> Option<(String, bool)> {
-    match runtime::load(&place) {
-        Found::Running(container) => {
-            registry.starting.remove(&place.path);
-            let id = container.id.clone();
-            Some((id, registry.learn(&executor.cgroups, *container)))
-        }
-        Found::Starting => {
-            let path = place.path.clone();
-            // Whatever else is heard of it meanwhile, one series of looks is enough.
-            if (registry.starting.insert(path.clone()) || looks > 0) && !registry.watched.look_again(place, looks) {
-                registry.starting.remove(&path);
-            }
-            None
-        }
-        Found::Nothing => {
-            registry.starting.remove(&place.path);
-            None
-        }
-    }
 }
 
 /// Compares all that the containers with these ids have or should have of the devices whose `DEVPATH` begins so.

@@ -38,8 +38,8 @@ pub(super) enum What {
     Unplugged(Uevent),
     /// Events were lost: compare everything.
     Lost,
-    /// What is at a container's place appeared or changed; how often it was looked at since without an outcome.
-    State(Place, u32),
+    /// What is at a container's place appeared or changed, or is to be looked at again since it was starting then.
+    State(Place, Option<Instant>),
     /// Somebody wrote to the cgroup of the container with this id.
     Cgroup(String),
     /// The process with this token ended.
@@ -64,27 +64,21 @@ pub(super) struct Watched {
     news: WeakSender<News>,
 }
 
-/// The longest wait between two looks at a container that is starting, and how many looks there are: for about a minute.
-const LONGEST: Duration = Duration::from_millis(500);
-const LOOKS: u32 = 130;
+/// The shortest wait between two looks at a container that is starting.
+const SHORTEST: Duration = Duration::from_millis(2);
 
 impl Watched {
-    /// News will come to look at this place again soon, later each time. `false` when it was looked at often enough.
-    pub(super) fn look_again(&self, place: Place, looks: u32) -> bool {
-        if looks >= LOOKS {
-            tracing::debug!("{} does not start: no longer looked at", place.path.display());
-            return false;
-        }
+    /// News will come to look again at this place, where a container is starting since then: late by an eighth of the time
+    /// that its start takes at most, and ever more seldom where it never does.
+    pub(super) fn look_again(&self, place: Place, since: Instant) {
         // It keeps no channel open that the thread has left.
         let news = self.news.clone();
-        let delay = LONGEST.min(Duration::from_millis(2 << looks.min(16)));
         drop(tokio::task::spawn_local(async move {
-            tokio::time::sleep(delay).await;
+            tokio::time::sleep(SHORTEST.max(since.elapsed() / 8)).await;
             if let Some(news) = news.upgrade() {
-                let _ = news.send(News { at: Instant::now(), what: What::State(place, looks + 1) }).await;
+                let _ = news.send(News { at: Instant::now(), what: What::State(place, Some(since)) }).await;
             }
         }));
-        true
     }
 
     /// News of writes to this directory will carry the id.
@@ -248,7 +242,7 @@ impl Watch {
         match self.state.receive() {
             Ok(changed) => changed.into_iter().for_each(|changed| {
                 self.tell(match changed {
-                    Changed::State(place) => What::State(place, 0),
+                    Changed::State(place) => What::State(place, None),
                     Changed::Cgroup(id) => What::Cgroup(id),
                 });
             }),
