@@ -309,9 +309,9 @@ fn goes_with_node(entry: &Entry) -> bool {
     entry.grant.at_start || is_unplugged(entry)
 }
 
-/// What is left over was to go: nobody wants it back.
+/// What is left over was to go, and whoever attached what is half done was told of no success: nobody wants it back.
 fn manual_and_valid(entry: &Entry) -> bool {
-    entry.grant.origin == Origin::Manual && entry.left_over.is_none() && !has_ended(entry) && !is_unplugged(entry)
+    entry.grant.origin == Origin::Manual && entry.is_settled() && !has_ended(entry) && !is_unplugged(entry)
 }
 
 /// A rule's grant that a failed look must not take away: its container could not be worked on just now, or udev has not

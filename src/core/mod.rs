@@ -18,6 +18,7 @@ pub mod grammar;
 pub mod ledger;
 pub mod matcher;
 pub mod naming;
+pub mod page;
 pub mod pattern;
 pub mod plan;
 pub mod policy;

@@ -131,7 +131,7 @@ impl From<&Entry> for GrantInfo {
             access: grant.access,
             path: grant.node.path.clone(),
             node: match entry.placement {
-                Placement::Pending => "pending",
+                Placement::Pending | Placement::Making(_) => "pending",
                 Placement::Ours(_) => "ours",
                 Placement::Container => "container's",
                 Placement::Host => "host's",

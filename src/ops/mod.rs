@@ -2,6 +2,7 @@
 
 mod agreement;
 pub mod explain;
+mod files;
 mod inspect;
 pub mod live;
 pub mod request;
@@ -12,15 +13,16 @@ mod withdrawal;
 use std::path::Path;
 
 use crate::core::device::{Access, Number};
-use crate::core::ledger::{Grant, Holder, Node, Origin, Placement};
+use crate::core::ledger::{Entry, Grant, Holder, Node, Origin, Placement};
 use crate::core::plan::{Change, Step};
 use crate::error::{Error, Result};
+use crate::failpoint::reached;
 use crate::ops::store::Store;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
 use crate::sys::host::{Host, require_fitness};
 use crate::sys::namespace::inside;
-use crate::sys::node::{self, Made, NodeError};
+use crate::sys::node::{self, Before, Made, NodeError};
 use crate::sys::process::{self, Process};
 
 /// Where the ledger, its lock and the agent's socket are.
@@ -77,6 +79,9 @@ impl Executor {
                 Err(first) => return Err(self.take_back(undo, change, first)),
             }
         }
+        if let Change::Add(_) = change {
+            reached("grant: done, and not settled");
+        }
         if let Change::Add(grant) = change
             && let Err(first) = self.ledger.settle(grant, placement.clone())
         {
@@ -125,7 +130,8 @@ impl Executor {
     fn execute(&mut self, step: &Step) -> Result<Option<Placement>> {
         tracing::trace!(?step, "step");
         match step {
-            Step::Record(entry) => self.ledger.record(entry.clone())?,
+            Step::Record(entry) => self.record(entry)?,
+            Step::Leave(entry) => self.ledger.leave(&entry.grant)?,
             Step::Forget(entry) => self.ledger.forget(&entry.grant)?,
             Step::Mark(holder) => self.mark(holder)?,
             Step::Unmark(holder) => self.unmark(holder)?,
@@ -178,6 +184,25 @@ impl Executor {
             result = self.filter.insert(filter.grow(&self.cgroups)?).set(holder.cgroup_id, number, access);
         }
         result.map_err(in_container(holder.label(), format!("change the rights on {number} in the device filter")))
+    }
+
+    /// Writes a grant down, with what there is at its path before anything is done: what was there is not taken for ours
+    /// after a crash, and directories that were not are.
+    fn record(&mut self, entry: &Entry) -> Result<()> {
+        let mut entry = entry.clone();
+        let Grant { holder, device, node, .. } = &entry.grant;
+        if entry.placement == Placement::Pending {
+            let process = Process::open_same(holder.pid, holder.start_time)
+                .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+            let (number, wanted) = (device.number, node.clone());
+            let before = inside(holder.label(), &process, self.host, move |it| node::before(it, number, &wanted))?;
+            entry.placement = match before {
+                Before::There => Placement::Container,
+                Before::Missing { directories } if directories.is_empty() => Placement::Pending,
+                Before::Missing { directories } => Placement::Making(directories),
+            };
+        }
+        self.ledger.record(entry)
     }
 
     fn make_node(&mut self, grant: &Grant) -> Result<Placement> {
@@ -243,7 +268,8 @@ impl Executor {
     /// Leaves nothing in the kernel once the last grant is gone and no agent needs it.
     pub fn release_if_unused(&mut self) -> Result<()> {
         let unused = self.ledger.entries().is_empty() && self.ledger.withdrawn().is_empty();
-        if self.filter.is_some() && unused { self.release_filter() } else { Ok(()) }
+        // One that was killed may have left it.
+        if unused && DeviceFilter::existing(&self.cgroups)?.is_some() { self.release_filter() } else { Ok(()) }
     }
 }
 

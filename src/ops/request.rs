@@ -2,7 +2,7 @@
 
 use crate::core::container::{Container, Reference};
 use crate::core::destination;
-use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin, Placement};
+use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin};
 use crate::core::plan::Change;
 use crate::core::protocol::{Attach, Detach, GrantInfo, List, StatusInfo};
 use crate::error::{Error, Result};
@@ -51,7 +51,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         exclusive: false,
     };
     if let Some(entry) = at_path(executor.ledger.entries(), &grant.holder, &grant.node.path).cloned() {
-        let is_settled = entry.placement != Placement::Pending && entry.left_over.is_none();
+        let is_settled = entry.is_settled();
         if is_settled && entry.grant.is_same(&grant) && entry.grant.node == grant.node {
             executor.mark(&grant.holder)?;
             return Ok(GrantInfo::from(&entry));
@@ -164,10 +164,13 @@ pub fn list(entries: &[Entry], containers: &[Container], request: &List) -> Resu
     Ok(all)
 }
 
-/// Takes back what belongs to containers that ended: their nodes are gone, their entries in the filter are not.
+/// Takes back what belongs to containers that ended: their nodes are gone, their entries in the filter are not. So does
+/// what one who was killed has left half done.
 pub fn prune(executor: &mut Executor) {
-    let ended = |entry: &&Entry| is_gone(entry.grant.holder.pid, entry.grant.holder.start_time);
-    let entries: Vec<Entry> = executor.ledger.entries().iter().filter(ended).cloned().collect();
+    let is_over = |entry: &&Entry| {
+        entry.is_interrupted() || is_gone(entry.grant.holder.pid, entry.grant.holder.start_time)
+    };
+    let entries: Vec<Entry> = executor.ledger.entries().iter().filter(is_over).cloned().collect();
     for entry in entries {
         if let Err(error) = executor.carry_out(&Change::Remove { entry, unplugged: false }) {
             tracing::warn!("{}", error.chain());

@@ -8,6 +8,7 @@ pub mod caps;
 pub mod cgroup;
 pub mod clock;
 pub mod devfs;
+mod directory;
 pub mod device_filter;
 pub mod group;
 pub mod host;
