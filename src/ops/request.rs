@@ -167,9 +167,8 @@ pub fn list(entries: &[Entry], containers: &[Container], request: &List) -> Resu
 /// Takes back what belongs to containers that ended: their nodes are gone, their entries in the filter are not. So does
 /// what one who was killed has left half done.
 pub fn prune(executor: &mut Executor) {
-    let is_over = |entry: &&Entry| {
-        entry.is_interrupted() || is_gone(entry.grant.holder.pid, entry.grant.holder.start_time)
-    };
+    let is_over =
+        |entry: &&Entry| entry.is_interrupted() || is_gone(entry.grant.holder.pid, entry.grant.holder.start_time);
     let entries: Vec<Entry> = executor.ledger.entries().iter().filter(is_over).cloned().collect();
     for entry in entries {
         if let Err(error) = executor.carry_out(&Change::Remove { entry, unplugged: false }) {

@@ -249,7 +249,8 @@ mod tests {
     #[test]
     fn what_is_recorded_is_there_after_reopening_and_what_is_forgotten_is_not() {
         let run = tempfile::tempdir().unwrap();
-        let entries = [entry("a", "/dev/d/x"), entry("a", "/dev/y"), entry("pid:7", "/dev/x"), entry("pid_7", "/dev/x")];
+        let entries =
+            [entry("a", "/dev/d/x"), entry("a", "/dev/y"), entry("pid:7", "/dev/x"), entry("pid_7", "/dev/x")];
         let mut store = Store::open(run.path()).unwrap().unwrap();
         entries.iter().for_each(|entry| store.record(entry.clone()).unwrap());
         assert!(Store::open(run.path()).unwrap().is_none(), "locked");

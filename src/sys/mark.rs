@@ -79,7 +79,7 @@ fn copy(original: &Program) -> io::Result<Program> {
 }
 
 /// After a [`put_first`] that was killed: copies whose originals are attached go. One whose original is not is all that is
-/// left of it, and stays, under the original's name.
+/// left of it, and stays, under the original's name; then all follow each other as they did.
 fn tidy(cgroup: &Cgroup) -> io::Result<()> {
     let cgroup = cgroup.as_fd();
     let copies = attached_as(cgroup, COPY_PREFIX)?;
@@ -88,20 +88,30 @@ fn tidy(cgroup: &Cgroup) -> io::Result<()> {
     }
     let mut originals = Vec::new();
     for program in attached(cgroup)? {
-        if !program.info()?.name.starts_with(COPY_PREFIX) {
-            // What has maps was not copied.
-            originals.extend(program.instructions());
+        // What has maps was not copied.
+        if !program.info()?.name.starts_with(COPY_PREFIX)
+            && let Ok(instructions) = program.instructions()
+        {
+            originals.push((instructions, program));
         }
     }
-    for (copy, name) in copies {
+    let mut all = Vec::new();
+    for (copy, name) in &copies {
         let instructions = copy.instructions()?;
-        if originals.contains(&instructions) {
-            copy.detach(cgroup)?;
-        } else {
-            let name = name.strip_prefix(COPY_PREFIX).unwrap_or_default();
-            Program::load_bytes(name, &instructions)?.replace(cgroup, &copy)?;
-            originals.push(instructions);
+        let original = originals.iter().position(|(its, _)| *its == instructions).map(|at| originals.remove(at).1);
+        all.push((copy, name.strip_prefix(COPY_PREFIX).unwrap_or_default(), instructions, original));
+    }
+    let is_whole = all.iter().all(|(.., original)| original.is_some());
+    for (copy, name, instructions, original) in all {
+        match original {
+            Some(_) if is_whole => {}
+            Some(original) => {
+                original.detach(cgroup)?;
+                original.attach(cgroup)?;
+            }
+            None => Program::load_bytes(name, &instructions)?.attach(cgroup)?,
         }
+        copy.detach(cgroup)?;
     }
     Ok(())
 }

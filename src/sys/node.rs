@@ -218,9 +218,8 @@ fn make_in(
 /// Removes what an interrupted [`make`] left under its temporary name. A container may put other things there: of what is
 /// its own, no more than device nodes and links of that name can go.
 fn sweep(directory: &OwnedFd, temporary: &str) {
-    let is_kind_of_ours = |stat: &Stat| {
-        number_of(stat).is_some() || FileType::from_raw_mode(stat.st_mode) == FileType::Symlink
-    };
+    let is_kind_of_ours =
+        |stat: &Stat| number_of(stat).is_some() || FileType::from_raw_mode(stat.st_mode) == FileType::Symlink;
     if statat(directory, temporary, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| is_kind_of_ours(&stat)) {
         let _ = unlinkat(directory, temporary, AtFlags::empty());
     }

@@ -12,6 +12,8 @@ mod detach;
 mod hook;
 mod host_dev;
 mod hotplug;
+#[cfg(feature = "fail-points")]
+mod killed;
 mod monitor;
 mod operation;
 mod plug;
@@ -84,6 +86,8 @@ fn main() {
     {
         trials.push(trial((*name).to_owned(), case));
     }
+    #[cfg(feature = "fail-points")]
+    trials.extend(killed::ONCE.iter().map(|(name, case)| trial((*name).to_owned(), case)));
     if !arguments.list {
         support::enter();
         podman::remove_leftovers();

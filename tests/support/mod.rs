@@ -239,7 +239,7 @@ pub fn assert_nothing_left() {
             .unwrap()
             .iter()
             .map(|p| p.info().unwrap().name)
-            .filter(|name| name.starts_with("qmhp"))
+            .filter(|name| name.starts_with("qmhp") || name.starts_with("qmhc"))
             .collect()
     };
     assert_eq!(names(root.as_fd()), [""; 0], "programs at the root");
