@@ -28,12 +28,16 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     for container in runtime::scan() {
         registry.learn(&executor.cgroups, container);
     }
-    let observed = executor.ledger.entries().to_vec();
     let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
     let mut desired = wanted(executor, registry, |_| true, |_| true, stays);
+    if let Err(error) = executor.adopt(&desired) {
+        tracing::error!("{}", error.chain());
+    }
+    let observed = executor.ledger.entries().to_vec();
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     settle_withdrawals(executor, registry, &desired, |_, _| true, None);
     carry_out(executor, registry, &desired, &observed, goes_with_node, None);
+    executor.sweep(&registry.snapshot());
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
         registry.follow(&executor.cgroups, &entry.grant.holder);

@@ -5,6 +5,7 @@ pub mod explain;
 mod files;
 mod inspect;
 pub mod live;
+mod rebuild;
 pub mod request;
 pub mod store;
 pub mod verify;

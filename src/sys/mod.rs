@@ -19,6 +19,7 @@ pub mod probe;
 pub mod process;
 pub mod ring;
 pub mod scratch;
+pub mod stray;
 pub mod sysfs;
 pub mod udev;
 pub mod uevent;

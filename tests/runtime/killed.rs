@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 
@@ -16,17 +16,16 @@ use qm_hotplug::core::filter_program;
 use qm_hotplug::failpoint::POINTS;
 use qm_hotplug::sys::bpf::{Program, attached};
 use qm_hotplug::sys::cgroup::CgroupRoot;
-use qm_hotplug::sys::device_filter::{DeviceFilter, Entry};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::CaseOnce;
 use crate::attach::REFUSED;
+use crate::exact::{Exact, STICK, compare, expect};
 use crate::plug::{Plugged, console};
 use crate::selectors::asks;
-use crate::state::{entries, ledger, programs_on};
-use crate::support::podman::{Container, describe};
-use crate::support::{Agent, BINARY, grants, qm, wait_for};
+use crate::support::podman::Container;
+use crate::support::{BINARY, grants, qm, wait_for};
 
 pub(crate) const ONCE: &[CaseOnce] = &[("killed::at_every_point_the_next_one_makes_it_exact", at_every_point)];
 
@@ -43,64 +42,6 @@ fn at_every_point() {
     let seen = SEEN.lock().unwrap();
     let missed: Vec<_> = POINTS.iter().filter(|point| !seen.contains(**point)).collect();
     assert!(missed.is_empty(), "never reached: {missed:?}");
-}
-
-/// All that a kill may leave wrong, a line each, without what is never the same twice.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Exact(BTreeSet<String>);
-
-impl Exact {
-    pub(crate) fn of(all: &[&Container]) -> Exact {
-        let root = CgroupRoot::find().unwrap();
-        let mut lines = BTreeSet::new();
-        let names = |programs: Vec<Program>| programs.iter().map(|it| it.info().unwrap().name).collect::<Vec<_>>();
-        lines.insert(format!("programs at the root: {:?}", names(attached(root.as_fd()).unwrap())));
-        for c in all {
-            lines.insert(format!("programs of {}: {:?}", c.name, programs_on(&c.cgroup())));
-            list(Path::new(&format!("/proc/{}/root/dev", c.pid())), &mut lines);
-        }
-        // Half-made nodes and what probes leave.
-        for place in ["/dev", "/run"] {
-            let found = fs::read_dir(place).unwrap().flatten().map(|entry| entry.path().display().to_string());
-            lines.extend(found.filter(|path| path.contains("/.qm-hotplug")));
-        }
-        list(Path::new("/run/qm-hotplug"), &mut lines);
-        list(Path::new("/var/lib/qm-hotplug"), &mut lines);
-        lines.extend(entries().iter().map(|entry| format!("granted: {entry:?}")));
-        lines.extend(withdrawn().iter().map(|entry| format!("withdrawn: {entry:?}")));
-        lines.extend(ledger().into_iter().flat_map(|(path, text)| page(&path, &text)));
-        Exact(lines)
-    }
-}
-
-fn withdrawn() -> Vec<Entry> {
-    let filter = DeviceFilter::existing(&CgroupRoot::find().unwrap()).unwrap();
-    filter.map_or_else(Vec::new, |filter| filter.withdrawn().unwrap())
-}
-
-/// The lines of a page of the ledger, without what tells one plugged-in device from the next.
-fn page(path: &str, text: &str) -> Vec<String> {
-    let Ok(page) = serde_json::from_str::<Value>(text) else { return vec![format!("{path}: {text}")] };
-    let line = |what: &Value| {
-        let mut what = what.clone();
-        if let Some(inode) = what.pointer_mut("/grant/device/identity/inode") {
-            *inode = 0.into();
-        }
-        format!("{path}: {what}")
-    };
-    ["entries", "withdrawn"].iter().flat_map(|key| page[key].as_array().into_iter().flatten().map(line)).collect()
-}
-
-fn list(path: &Path, lines: &mut BTreeSet<String>) {
-    let Ok(found) = fs::symlink_metadata(path) else { return };
-    // The socket is the agent's, and terminals come and go.
-    if path.ends_with("io.qmhotplug") || path.ends_with("dev/pts") {
-        return;
-    }
-    lines.insert(format!("{}: {} {:?}", path.display(), describe(&found), fs::read_link(path).ok()));
-    if found.is_dir() {
-        fs::read_dir(path).into_iter().flatten().flatten().for_each(|entry| list(&entry.path(), lines));
-    }
 }
 
 /// A program that may be killed at one of its points.
@@ -200,24 +141,6 @@ pub(crate) fn each_kill(name: &str, prepare: &dyn Fn(), work: Work<'_>, check: &
     }
     eprintln!("{name}: killed at {} points", at - 1);
 }
-
-/// Starts an agent, which compares everything, and ends it.
-#[track_caller]
-fn compare() {
-    Agent::start().stop();
-}
-
-/// Asserts that the state is one of these; says what differs from the last one.
-#[track_caller]
-pub(crate) fn expect(all: &[&Container], expected: &[&Exact], whence: &str) {
-    let now = Exact::of(all);
-    let last = expected.last().unwrap();
-    let (more, less): (Vec<_>, Vec<_>) = (now.0.difference(&last.0).collect(), last.0.difference(&now.0).collect());
-    assert!(expected.contains(&&now), "{whence}: there is {more:#?}\nand there is not {less:#?}");
-}
-
-/// What a container asks for: a node in directories to be made, and a link in another one.
-const STICK: &str = "devname=/dev/vcsa41;as=/dev/a/b/stick;link=/dev/c/link";
 
 /// The grants; none known where the agent dies meanwhile.
 fn told() -> Option<Vec<Value>> {

@@ -3,12 +3,14 @@
 //! Every case runs once with each runtime and leaves nothing behind, also when it fails: devices, containers and the
 //! agent go when their values are dropped, the rest goes in [`clean`].
 
+mod adoption;
 mod agent;
 mod agent_restart;
 mod agent_socket;
 mod attach;
 mod containers;
 mod detach;
+mod exact;
 mod hook;
 mod host_dev;
 mod hotplug;
@@ -52,6 +54,7 @@ fn main() {
         hotplug::CASES,
         agent::CASES,
         agent_restart::CASES,
+        adoption::CASES,
         agent_socket::CASES,
         updates::CASES,
         hook::CASES,
@@ -71,6 +74,7 @@ fn main() {
     };
     let mut trials: Vec<Trial> = cases.into_iter().flatten().flat_map(each).collect();
     for (name, case) in [
+        adoption::ONCE,
         agent_socket::ONCE,
         monitor::ONCE,
         operation::ONCE,
