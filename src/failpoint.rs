@@ -3,7 +3,7 @@
 
 /// Every point. A test kills at each, and fails if one was not reached.
 #[cfg(feature = "fail-points")]
-pub const POINTS: [&str; 28] = [
+pub const POINTS: [&str; 31] = [
     "ledger: before a page is written",
     "ledger: before a page is renamed",
     "ledger: a page is written",
@@ -32,6 +32,9 @@ pub const POINTS: [&str; 28] = [
     "node: removed",
     "node: a directory is removed",
     "grant: done, and not settled",
+    "persist: before the file is renamed",
+    "persist: the file is written",
+    "persist: the file is removed",
 ];
 
 /// Kills this process with SIGKILL if this is the point whose number, counted from 1 over all points that are reached,

@@ -327,7 +327,10 @@ fn is_undecided(entry: &Entry, registry: &Registry) -> bool {
         && entry.left_over.is_none()
         && !has_ended(entry)
         && !is_unplugged(entry)
-        && known.is_some_and(|known| known.holder.is_none() || !registry.devices.contains_key(devpath))
+        && known.is_some_and(|known| {
+            // One that asks for nothing was not looked at, and that is decided.
+            known.holder.is_none() && !known.rules.is_empty() || !registry.devices.contains_key(devpath)
+        })
 }
 
 /// Each change by itself: one that fails is logged and does not stop the others.

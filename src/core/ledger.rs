@@ -103,6 +103,8 @@ pub enum Origin {
     Rule(String),
     /// A person attached it.
     Manual,
+    /// A person attached it for good: it is written down, and granted by that like by a rule.
+    Persist,
 }
 
 /// A right on a device and a node for it, in one run of one container.

@@ -3,6 +3,7 @@
 mod advice;
 pub mod annotation;
 pub mod assembler;
+pub mod attachment;
 pub mod category;
 pub mod config;
 pub mod container;

@@ -5,6 +5,7 @@ pub mod explain;
 mod files;
 mod inspect;
 pub mod live;
+pub mod persist;
 mod rebuild;
 pub mod request;
 pub mod store;
@@ -18,6 +19,7 @@ use crate::core::ledger::{Entry, Grant, Holder, Node, Origin, Placement};
 use crate::core::plan::{Change, Step};
 use crate::error::{Error, Result};
 use crate::failpoint::reached;
+use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
@@ -37,6 +39,8 @@ pub struct Executor {
     pub host: Host,
     /// The ledger.
     pub ledger: Store,
+    /// What was attached for good.
+    pub persisted: Persisted,
     filter: Option<DeviceFilter>,
 }
 
@@ -48,7 +52,7 @@ impl Executor {
         let cgroups = CgroupRoot::find()?;
         let host = Host::observe()?;
         let ledger = Store::open(Path::new(RUN_DIRECTORY))?;
-        Ok(ledger.map(|ledger| Executor { cgroups, host, ledger, filter: None }))
+        Ok(ledger.map(|ledger| Executor { cgroups, host, ledger, persisted: Persisted::take_over(), filter: None }))
     }
 
     /// The device filter, loaded and attached if it is not yet.
@@ -211,7 +215,7 @@ impl Executor {
         let process = Process::open_same(holder.pid, holder.start_time)
             .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
         // Only a rule may take the place of a node that an unplugged device left: what a person typed may be a slip.
-        let replace = grant.origin != Origin::Manual;
+        let replace = matches!(grant.origin, Origin::Rule(_));
         let (number, wanted) = (grant.device.number, grant.node.clone());
         let made =
             inside(holder.label(), &process, self.host, move |inside| node::make(inside, number, &wanted, replace))?

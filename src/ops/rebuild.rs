@@ -20,7 +20,7 @@ impl Executor {
         let unknown = self.unknown()?;
         for grant in desired.iter().filter(|grant| !grant.at_start) {
             let right = unknown.get(&(grant.holder.cgroup_id, grant.device.number));
-            if !right.is_some_and(|access| access.union(grant.access) == *access) || self.has_entry_at(grant) {
+            if right.is_none_or(|access| access.union(grant.access) != *access) || self.has_entry_at(grant) {
                 continue;
             }
             let (holder, number, node) = (&grant.holder, grant.device.number, grant.node.clone());

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::core::ledger::{Entry, Grant, Page, Placement, VERSION, Withdrawal};
+use crate::core::ledger::{Entry, Grant, Origin, Page, Placement, VERSION, Withdrawal};
 use crate::core::page;
 use crate::error::{Error, Result};
 use crate::failpoint::reached;
@@ -101,6 +101,14 @@ impl Store {
     pub fn settle(&mut self, grant: &Grant, placement: Placement) -> Result<()> {
         if let Some(entry) = self.entries.iter_mut().find(|entry| entry.grant.is_same(grant)) {
             entry.placement = placement;
+        }
+        self.write(&grant.holder.id)
+    }
+
+    /// Says why a grant in force is there from now on.
+    pub fn set_origin(&mut self, grant: &Grant, origin: Origin) -> Result<()> {
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.grant.is_same(grant)) {
+            entry.grant.origin = origin;
         }
         self.write(&grant.holder.id)
     }
@@ -226,7 +234,7 @@ fn read_pages(directory: &Path, bad: impl Fn(&Path, &str)) -> Result<Vec<Page>> 
 mod tests {
     use super::*;
     use crate::core::device::Access;
-    use crate::core::ledger::{Granted, Node, Origin};
+    use crate::core::ledger::{Granted, Node};
     use crate::core::plan::tests::{device, holder};
 
     fn entry(id: &str, path: &str) -> Entry {

@@ -14,11 +14,12 @@ use crate::plug::console;
 use crate::selectors::asks;
 use crate::state::{entries, entries_of, programs_on};
 use crate::support::podman::Container;
-use crate::support::{Agent, grants, qm, wait_for};
+use crate::support::{Agent, configure, grants, qm, unconfigure, wait_for};
 use crate::{Case, CaseOnce};
 
 pub(crate) const CASES: &[Case] = &[
     ("adoption::a_page_that_is_no_page_is_set_aside_and_found_out_anew", a_page_that_is_no_page),
+    ("adoption::what_no_rule_asks_for_any_more_goes_at_the_start", what_no_rule_asks_for_any_more),
     ("adoption::without_any_ledger_rules_have_what_they_had", without_any_ledger),
 ];
 
@@ -115,6 +116,19 @@ fn without_any_ledger(runtime: &str) {
     compare();
     c.past_the_filter("rm /dev/mine").ok();
     expect(&[&c], &[&full], "without a ledger");
+}
+
+fn what_no_rule_asks_for_any_more(runtime: &str) {
+    let device = console(41);
+    let c = Container::start(runtime, "qmh-no-rule", &[]);
+    configure("[[container]]\nmatch = \"qmh-no-rule\"\ndevices = [\"devname=/dev/vcsa41,as=/dev/mine\"]\n");
+    compare();
+    assert!(c.opens("<>", "/dev/mine"));
+    unconfigure();
+    compare();
+    c.past_the_filter(&format!("mknod /dev/byhand {}", device.numbers())).ok();
+    assert_eq!((c.node("/dev/mine"), c.open("<", "/dev/byhand")), (None, REFUSED.map_err(Into::into)));
+    assert!(!programs_on(&c.cgroup()).iter().any(|name| name.starts_with("qmhp")));
 }
 
 fn many_containers_that_ran_before() {

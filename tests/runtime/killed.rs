@@ -39,6 +39,8 @@ fn at_every_point() {
     attaching_and_detaching("runc", true);
     attaching_and_detaching("crun", false);
     withdrawals("runc");
+    attaching_for_good("crun", true);
+    attaching_for_good("runc", false);
     let seen = SEEN.lock().unwrap();
     let missed: Vec<_> = POINTS.iter().filter(|point| !seen.contains(**point)).collect();
     assert!(missed.is_empty(), "never reached: {missed:?}");
@@ -342,4 +344,38 @@ fn withdrawals(runtime: &str) {
         Work::Agent(&plug, &|| told().is_some_and(|all| !all.is_empty())),
         &check(true),
     );
+}
+
+/// What is written down is granted, and what is struck is not.
+fn attaching_for_good(runtime: &str, with_agent: bool) {
+    let device = console(44);
+    let c = Container::start(runtime, "qmh-kill-persist", &[]);
+    let attach = ["attach", &c.name, &device.path, "/dev/a/mine", "--persist"];
+    let detach = ["detach", &c.name, "/dev/a/mine"];
+    compare();
+    let without = Exact::of(&[&c]);
+    qm(&attach).ok();
+    compare();
+    let with = Exact::of(&[&c]);
+    for (arguments, before, after) in [(&attach[..], &without, &with), (&detach[..], &with, &without)] {
+        let prepare = || {
+            let is_there = !grants().is_empty();
+            if is_there != std::ptr::eq(before, &with) {
+                qm(if is_there { &detach[..] } else { &attach }).ok();
+            }
+            compare();
+            expect(&[&c], &[before], "prepared");
+        };
+        let check = |whence: &str, is_done: bool| {
+            compare();
+            let expected = if is_done { vec![after] } else { vec![before, after] };
+            expect(&[&c], &expected, whence);
+        };
+        let through_agent = || drop(qm(arguments));
+        let work = match with_agent {
+            true => Work::Agent(&through_agent, &|| true),
+            false => Work::Command(arguments),
+        };
+        each_kill(&format!("{} for good, agent {with_agent}", arguments[0]), &prepare, work, &check);
+    }
 }

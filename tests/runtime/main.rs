@@ -18,6 +18,7 @@ mod hotplug;
 mod killed;
 mod monitor;
 mod operation;
+mod persist;
 mod plug;
 mod policy;
 mod precreate;
@@ -55,6 +56,7 @@ fn main() {
         agent::CASES,
         agent_restart::CASES,
         adoption::CASES,
+        persist::CASES,
         agent_socket::CASES,
         updates::CASES,
         hook::CASES,
@@ -125,6 +127,7 @@ fn clean() {
     podman::remove_all();
     plug::remove_links();
     support::unconfigure();
+    let _ = std::fs::remove_dir_all("/var/lib/qm-hotplug/attached");
     support::release();
     support::assert_nothing_left();
     assert_eq!(state::ledger(), Default::default(), "the ledger is empty");
