@@ -352,6 +352,9 @@ fn attaching_for_good(runtime: &str, with_agent: bool) {
     let c = Container::start(runtime, "qmh-kill-persist", &[]);
     let attach = ["attach", &c.name, &device.path, "/dev/a/mine", "--persist"];
     let detach = ["detach", &c.name, "/dev/a/mine"];
+    // Once before, since the directory stays.
+    qm(&attach).ok();
+    qm(&detach).ok();
     compare();
     let without = Exact::of(&[&c]);
     qm(&attach).ok();
@@ -376,6 +379,7 @@ fn attaching_for_good(runtime: &str, with_agent: bool) {
             true => Work::Agent(&through_agent, &|| true),
             false => Work::Command(arguments),
         };
-        each_kill(&format!("{} for good, agent {with_agent}", arguments[0]), &prepare, work, &check);
+        let how = if with_agent { "by the agent" } else { "alone" };
+        each_kill(&format!("{} for good {how}", arguments[0]), &prepare, work, &check);
     }
 }
