@@ -51,13 +51,14 @@ impl Persisted {
         &self.all
     }
 
-    /// Those of the container that is meant, also where it does not run.
+    /// Those of the container that is meant, also where it does not run, or where another one has its name now.
     pub fn named(&self, reference: &Reference, container: Option<&Container>) -> Option<&Attached> {
-        self.all.iter().find(|attached| match (container, reference) {
-            (Some(container), _) => attached.is_for(container),
-            (None, Reference::Name(name)) => attached.container.name == *name,
-            (None, Reference::Pid(_)) => false,
-        })
+        let mut by_name = self.all.iter().filter(|attached| match reference {
+            Reference::Name(name) => attached.container.name == *name,
+            Reference::Pid(_) => false,
+        });
+        let its = container.and_then(|container| self.all.iter().find(|attached| attached.is_for(container)));
+        its.or_else(|| by_name.next())
     }
 
     /// Whether a grant that was made for good still is one.

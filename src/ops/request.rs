@@ -218,7 +218,10 @@ pub fn detach(
 /// What was attached for good and is not in force.
 fn not_in_force(attached: &Attached, device: &Attachment, containers: &[Container]) -> GrantInfo {
     let running = containers.iter().find(|container| attached.is_for(container));
-    let why = if running.is_some() { "its device is not plugged in" } else { "the container does not run" };
+    let why = match running {
+        Some(_) => "its device is not there, or could not be granted",
+        None => "the container does not run",
+    };
     let Attachment { device, number, node, access, .. } = device;
     GrantInfo {
         container: attached.container.name.clone(),

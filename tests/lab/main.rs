@@ -18,6 +18,7 @@ mod nested;
 mod operation;
 mod plug;
 mod qmp;
+mod reboot;
 mod rootless;
 mod seat;
 mod select;
@@ -60,6 +61,8 @@ fn cases() -> impl Iterator<Item = Case> {
         select_options::CASES,
         select_ask::CASES,
         rootless::CASES,
+        // The last one: what others leave in /run is gone then.
+        reboot::CASES,
     ]
     .concat()
     .into_iter()

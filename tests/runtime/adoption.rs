@@ -20,6 +20,7 @@ use crate::{Case, CaseOnce};
 pub(crate) const CASES: &[Case] = &[
     ("adoption::a_page_that_is_no_page_is_set_aside_and_found_out_anew", a_page_that_is_no_page),
     ("adoption::what_no_rule_asks_for_any_more_goes_at_the_start", what_no_rule_asks_for_any_more),
+    ("adoption::what_was_withdrawn_stays_so_without_its_page", what_was_withdrawn_stays_so_without_its_page),
     ("adoption::without_any_ledger_rules_have_what_they_had", without_any_ledger),
 ];
 
@@ -31,8 +32,11 @@ fn page_of(c: &Container) -> PathBuf {
     PathBuf::from(format!("{LEDGER}/c-{}.json", c.id))
 }
 
+/// What becomes of a page.
+type Damage = fn(Value) -> Vec<u8>;
+
 /// What somebody or something may have made of a page.
-fn damages() -> Vec<(&'static str, fn(Value) -> Vec<u8>)> {
+fn damages() -> Vec<(&'static str, Damage)> {
     fn changed(mut page: Value, at: &str, value: impl Into<Value>) -> Vec<u8> {
         *page.pointer_mut(at).unwrap() = value.into();
         page.to_string().into_bytes()
@@ -129,6 +133,28 @@ fn what_no_rule_asks_for_any_more(runtime: &str) {
     c.past_the_filter(&format!("mknod /dev/byhand {}", device.numbers())).ok();
     assert_eq!((c.node("/dev/mine"), c.open("<", "/dev/byhand")), (None, REFUSED.map_err(Into::into)));
     assert!(!programs_on(&c.cgroup()).iter().any(|name| name.starts_with("qmhp")));
+}
+
+fn what_was_withdrawn_stays_so_without_its_page(runtime: &str) {
+    let device = console(43);
+    let asked = asks("x", "devname=/dev/vcsa43;as=/dev/screen");
+    let c = crate::precreate::start(runtime, "qmh-withdrawn", &[&asked]);
+    compare();
+    device.unplug();
+    compare();
+    let withdrawn = Exact::of(&[&c]);
+    c.past_the_filter("mknod /dev/byhand c 7 171").ok();
+    let is_refused = || c.open("<", "/dev/byhand") == REFUSED.map_err(Into::into);
+    assert!(is_refused());
+    fs::write(page_of(&c), "{").unwrap();
+    compare();
+    assert!(is_refused());
+    c.past_the_filter("rm /dev/byhand").ok();
+    fs::remove_file(page_of(&c).with_extension("bad")).unwrap();
+    expect(&[&c], &[&withdrawn], "without its page");
+    device.again();
+    compare();
+    assert!(c.opens("<", "/dev/screen"));
 }
 
 fn many_containers_that_ran_before() {
