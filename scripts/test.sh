@@ -25,7 +25,7 @@ tier_style() {
     check cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
     check cargo clippy --locked --all-targets --features mock-devices -- -D warnings
     # Those that a plain `cargo test` leaves out are no part of all targets.
-    check cargo clippy --locked --test kernel --test runtime --test lab --test readme -- -D warnings
+    check cargo clippy --locked --features fail-points --test kernel --test runtime --test lab --test readme -- -D warnings
     local script
     for script in scripts/*.sh scripts/lab/*.sh tests/bench/*.sh .ci/run; do
         check bash -n "$script"
@@ -82,8 +82,9 @@ tier_kernel() {
     cargo test --locked --test kernel
 }
 
+# With the feature: the program is killed at its fail points here, and nowhere else.
 tier_runtime() {
-    cargo test --locked --test runtime
+    cargo test --locked --features fail-points --test runtime
 }
 
 # Every command of README.md, and with that the demo and the installation.

@@ -29,6 +29,7 @@
 //! | [`config`] | the host's configuration files | `core` |
 //! | [`agent`] | the service: one loop that observes, plans, executes; its socket | the above |
 //! | [`precreate`] | the OCI hook | `core`, `sys`, `runtime`, `ops`, `config` |
+//! | [`failpoint`] | where tests kill the process; nothing in what is shipped | nothing of ours |
 //! | [`cli`] | one file a command, and what a person reads | all |
 
 #![deny(unsafe_code)]
@@ -38,6 +39,7 @@ pub mod cli;
 pub mod config;
 pub mod core;
 pub mod error;
+pub mod failpoint;
 pub mod log;
 pub mod ops;
 pub mod precreate;

@@ -85,7 +85,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
     // Subscribe first, then look: what happens in between is in the channel.
     let (sender, mut news) = mpsc::channel(QUEUE);
     let watched = watch::start(sender).map_err(Error::host("subscribe to device and container events"))?;
-    let (mut registry, mut refusals) = (Registry::new(watched), Refusals::new());
+    let (mut registry, mut refusals) = (Registry::new(watched, executor.persisted.all()), Refusals::new());
     compare(&mut executor, &mut registry, &mut refusals);
 
     let path = client::socket_path();
@@ -242,6 +242,7 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
         }
         result = carry_out(executor, registry, request);
     }
+    registry.keep(&executor.cgroups, executor.persisted.all());
     for entry in executor.ledger.entries() {
         registry.follow(&executor.cgroups, &entry.grant.holder);
     }
@@ -270,7 +271,9 @@ fn carry_out(executor: &mut Executor, registry: &Registry, request: &Request) ->
     match request {
         Request::Attach(attach) => request::attach(executor, &containers, attach).map(Reply::good),
         Request::Detach(detach) => request::detach(executor, &containers, detach, true).map(Reply::good),
-        Request::List(list) => request::list(executor.ledger.entries(), &containers, list).map(Reply::good),
+        Request::List(list) => {
+            request::list(executor.ledger.entries(), &executor.persisted, &containers, list).map(Reply::good)
+        }
         Request::Status(_) => {
             let grants = executor.ledger.entries().len();
             let status = request::status(&executor.cgroups, containers.len(), grants, Some(events_from()))?;

@@ -28,12 +28,16 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     for place in Patterns::of_host().places() {
         drop(registry.look_at(&executor.cgroups, place, None));
     }
-    let observed = executor.ledger.entries().to_vec();
     let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
     let mut desired = wanted(executor, registry, |_| true, |_| true, stays);
+    if let Err(error) = executor.adopt(&desired) {
+        tracing::error!("{}", error.chain());
+    }
+    let observed = executor.ledger.entries().to_vec();
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     settle_withdrawals(executor, registry, &desired, |_, _| true, None);
     carry_out(executor, registry, &desired, &observed, goes_with_node, None);
+    executor.sweep(&registry.snapshot());
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
         registry.follow(&executor.cgroups, &entry.grant.holder);
@@ -314,9 +318,9 @@ fn goes_with_node(entry: &Entry) -> bool {
     entry.grant.at_start || is_unplugged(entry)
 }
 
-/// What is left over was to go: nobody wants it back.
+/// What is left over was to go, and whoever attached what is half done was told of no success: nobody wants it back.
 fn manual_and_valid(entry: &Entry) -> bool {
-    entry.grant.origin == Origin::Manual && entry.left_over.is_none() && !has_ended(entry) && !is_unplugged(entry)
+    entry.grant.origin == Origin::Manual && entry.is_settled() && !has_ended(entry) && !is_unplugged(entry)
 }
 
 /// A rule's grant that a failed look must not take away: its container could not be worked on just now, or udev has not
@@ -328,7 +332,10 @@ fn is_undecided(entry: &Entry, registry: &Registry) -> bool {
         && entry.left_over.is_none()
         && !has_ended(entry)
         && !is_unplugged(entry)
-        && known.is_some_and(|known| known.holder.is_none() || !registry.devices.contains_key(devpath))
+        && known.is_some_and(|known| {
+            // One that asks for nothing was not looked at, and that is decided.
+            known.holder.is_none() && !known.rules.is_empty() || !registry.devices.contains_key(devpath)
+        })
 }
 
 /// Each change by itself: one that fails is logged and does not stop the others.

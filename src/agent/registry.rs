@@ -9,6 +9,7 @@ use crate::agent::monitors::Monitors;
 use crate::agent::watch::Watched;
 use crate::config;
 use crate::core::annotation::{AT_START, Ignored, rules};
+use crate::core::attachment::Attached;
 use crate::core::category::Categories;
 use crate::core::container::Container;
 use crate::core::device::Device;
@@ -136,6 +137,8 @@ pub(super) struct Registry {
     settings: Settings,
     /// What is wrong with the configuration, as it is written now.
     pub(super) problems: Vec<String>,
+    /// What was attached for good.
+    attached: Vec<Attached>,
     /// What was said already.
     pub(super) said: Said,
     /// Ids of the containers that did not get what another one has, or another device of theirs.
@@ -150,7 +153,7 @@ pub(super) struct Registry {
 }
 
 impl Registry {
-    pub(super) fn new(watched: Watched) -> Registry {
+    pub(super) fn new(watched: Watched, attached: &[Attached]) -> Registry {
         let (settings, problems) = config::settings();
         for problem in &problems {
             tracing::error!("passed over: {problem}");
@@ -162,6 +165,7 @@ impl Registry {
             cgroups: BTreeSet::new(),
             settings,
             problems,
+            attached: attached.to_vec(),
             said: Said::default(),
             waiting: RefCell::default(),
             later: Later::default(),
@@ -221,7 +225,7 @@ impl Registry {
             }
         }
         let Some(init) = Process::open_same(container.pid, container.start_time) else { return false };
-        let (rules, ignored) = rules_of(&self.settings, &container);
+        let (rules, ignored) = rules_of(&self.settings, &self.attached, &container);
         for annotation in ignored.iter().filter(|_| is_new) {
             tracing::warn!(
                 container = container.label(),
@@ -270,7 +274,7 @@ impl Registry {
         self.said = Said::default();
         let wants_image = self.settings.policies.look_at_images();
         for known in self.containers.values_mut() {
-            let (rules, ignored) = rules_of(&self.settings, &known.container);
+            let (rules, ignored) = rules_of(&self.settings, &self.attached, &known.container);
             for Ignored { key, reason, .. } in ignored {
                 let text = format!("annotation {key} ignored: {reason}");
                 self.said.once(&known.container.id, known.container.label(), text);
@@ -280,6 +284,18 @@ impl Registry {
             known.bounds = self.settings.policies.bounds(&subject);
         }
         Ok(())
+    }
+
+    /// Takes in what is attached for good now.
+    pub(super) fn keep(&mut self, cgroups: &CgroupRoot, attached: &[Attached]) {
+        if self.attached == attached {
+            return;
+        }
+        self.attached = attached.to_vec();
+        for known in self.containers.values_mut() {
+            known.rules = rules_of(&self.settings, &self.attached, &known.container).0;
+        }
+        self.retry(cgroups);
     }
 
     fn bounds_of(&self, container: &Container, holder: Option<&Holder>) -> Bounds {
@@ -347,9 +363,17 @@ fn nodes_at_start(container: &Container) -> Vec<String> {
     text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
 }
 
-/// What the container asks for by annotations, and what it gets without asking.
-fn rules_of(settings: &Settings, container: &Container) -> (Vec<Rule>, Vec<Ignored>) {
-    let (mut all, ignored) = rules(container.annotations(), &settings.categories);
+/// What the container asks for by annotations, and what it gets without asking; first of all what a person attached.
+fn rules_of(settings: &Settings, attached: &[Attached], container: &Container) -> (Vec<Rule>, Vec<Ignored>) {
+    let (mut all, mut ignored) = rules(container.annotations(), &settings.categories);
     all.splice(0..0, settings.rules_for(&subject(container, None, false)));
+    let mut kept = Vec::new();
+    for device in attached.iter().filter(|attached| attached.is_for(container)).flat_map(|attached| &attached.devices) {
+        match device.rule(&settings.categories) {
+            Ok(rule) => kept.push(rule),
+            Err(reason) => ignored.push(Ignored { key: "attach --persist".into(), reason, required: false }),
+        }
+    }
+    all.splice(0..0, kept);
     (all, ignored)
 }

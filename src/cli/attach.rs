@@ -10,7 +10,7 @@ use crate::core::destination;
 use crate::core::device::{Access, Device};
 use crate::core::facts::Facts;
 use crate::core::grammar::{Author, selection};
-use crate::core::protocol::{Attach, GrantInfo, Request};
+use crate::core::protocol::{Attach, GrantInfo, Persist, Request};
 use crate::core::selection::{Group, Options, Selection, duration};
 use crate::error::{Error, Result};
 use crate::ops::live::lookup;
@@ -50,6 +50,9 @@ pub struct Args {
     /// All devices that the selector means, not just one
     #[arg(long)]
     all: bool,
+    /// Keep it: give it to the container again after its restart and after the machine's, whenever the device is plugged in
+    #[arg(long, conflicts_with = "all")]
+    persist: bool,
     /// Print the grant as JSON; with --all an array
     #[arg(long)]
     json: bool,
@@ -73,9 +76,13 @@ const SHOWN: usize = 10;
 
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
-    let (nodes, options) = match selector(&args.device)? {
-        Some(selection) => (find(&args, &selection)?, selection.options),
-        None => (vec![path(&args)?], Options::default()),
+    let (nodes, options, terms) = match selector(&args.device)? {
+        Some(selection) => (find(&args, &selection)?, selection.options, Some(selection.selector.to_string())),
+        None => (vec![path(&args)?], Options::default(), None),
+    };
+    let persist = |device: &str| {
+        let typed = if terms.is_some() { args.device.clone() } else { device.to_owned() };
+        args.persist.then(|| Persist { typed, selector: terms.clone() })
     };
     let destination = args.destination.clone().or(options.path.clone());
     if nodes.len() > 1 && destination.is_some() {
@@ -88,10 +95,12 @@ pub(super) fn run(args: Args) -> Result<()> {
     let (mut grants, mut result) = (Vec::new(), Ok(()));
     for (device, typed) in nodes {
         let destination = destination.clone().unwrap_or(typed);
-        match attach(&args, &options, device, &destination) {
+        let persist = persist(&device);
+        match attach(&args, &options, device, &destination, persist) {
             Ok((grant, by_agent)) => {
                 if !by_agent && grants.is_empty() {
-                    eprintln!("no agent: stays until detach; an unplug is not followed");
+                    let again = if grant.persist { "; after a restart it is granted once an agent runs" } else { "" };
+                    eprintln!("no agent: stays until detach; an unplug is not followed{again}");
                 }
                 grants.push(grant);
             }
@@ -124,7 +133,13 @@ fn path(args: &Args) -> Result<(String, String)> {
 }
 
 /// Attaches one device. Says whether an agent did it.
-fn attach(args: &Args, options: &Options, device: String, destination: &str) -> Result<(GrantInfo, bool)> {
+fn attach(
+    args: &Args,
+    options: &Options,
+    device: String,
+    destination: &str,
+    persist: Option<Persist>,
+) -> Result<(GrantInfo, bool)> {
     let destination = destination::check(destination)
         .map_err(|reason| Error::BadDestination { path: destination.to_owned(), reason })?;
     let gid = options.gid.as_ref().and_then(|gid| if let Group::Number(gid) = gid { Some(*gid) } else { None });
@@ -136,6 +151,7 @@ fn attach(args: &Args, options: &Options, device: String, destination: &str) -> 
         mode: args.mode.or(options.mode),
         uid: args.uid.or(options.uid),
         gid: args.gid.or(gid),
+        persist,
     };
     let done = change(&Request::Attach(request.clone()), |executor| {
         ops::request::attach(executor, &runtime::scan(), &request)

@@ -29,7 +29,10 @@ pub(super) fn run(args: Args) -> Result<()> {
         return output::json(&gone);
     }
     for grant in gone {
-        let note = grant.note.map(|note| format!("; {note}, where it stays usable until it is closed"));
+        let note = grant.note.map(|note| match grant.node.as_str() {
+            "none" => format!("; it was {note}"),
+            _ => format!("; {note}, where it stays usable until it is closed"),
+        });
         output::line(&format!("{}: {} is gone{}", grant.container, grant.path, note.unwrap_or_default()))?;
     }
     Ok(())

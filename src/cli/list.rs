@@ -5,6 +5,7 @@ use crate::cli::output;
 use crate::core::protocol::{GrantInfo, List, Request};
 use crate::error::Result;
 use crate::ops::RUN_DIRECTORY;
+use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
 use crate::{ops, runtime};
 
@@ -26,7 +27,10 @@ pub(super) fn run(args: Args) -> Result<()> {
     let has_agent = by_agent.is_some();
     let grants = match by_agent {
         Some(grants) => grants,
-        None => ops::request::list(&Store::peek(RUN_DIRECTORY.as_ref())?, &runtime::scan(), &request)?,
+        None => {
+            let entries = Store::peek(RUN_DIRECTORY.as_ref())?;
+            ops::request::list(&entries, &Persisted::look(), &runtime::scan(), &request)?
+        }
     };
     if args.json {
         output::json(&grants)?;
@@ -40,7 +44,7 @@ pub(super) fn run(args: Args) -> Result<()> {
                 grant.access.to_string(),
                 format!("{:04o} {}:{}", grant.mode, grant.uid, grant.gid),
                 grant.node.clone(),
-                grant.origin.clone(),
+                format!("{}{}", grant.origin, if grant.persist { "+persist" } else { "" }),
                 grant.note.clone().unwrap_or_default(),
             ]
         });

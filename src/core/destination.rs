@@ -14,6 +14,9 @@ pub fn check(path: &str) -> Result<String, &'static str> {
     if path.contains('\0') || path.len() > 4000 {
         return Err("is no usable path");
     }
+    if path.chars().any(char::is_control) {
+        return Err("has control characters: give a printable path");
+    }
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     if parts.iter().any(|part| matches!(*part, "." | "..")) {
         return Err("must not contain '.' or '..'");
@@ -37,9 +40,20 @@ mod tests {
     fn what_is_allowed_and_what_is_not() {
         assert_eq!(check("/dev//snd/x").as_deref(), Ok("/dev/snd/x"));
         assert_eq!(check("/procedure").as_deref(), Ok("/procedure"));
-        for bad in
-            ["", "dev/x", "/", "/dev/", "/dev/../etc/x", "/dev/./x", "/proc/x", "//proc/x", "/sys/x", "/proc", "/a\0b"]
-        {
+        for bad in [
+            "",
+            "dev/x",
+            "/",
+            "/dev/",
+            "/dev/../etc/x",
+            "/dev/./x",
+            "/proc/x",
+            "//proc/x",
+            "/sys/x",
+            "/proc",
+            "/a\0b",
+            "/dev/a\nb",
+        ] {
             assert!(check(bad).is_err(), "{bad:?}");
         }
     }

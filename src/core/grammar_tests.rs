@@ -300,7 +300,13 @@ fn any_selection() -> impl Strategy<Value = Selection> {
     });
     (terms, any_simple_term(), options).prop_map(|(mut terms, first, options)| {
         terms.insert(0, Term { negated: false, ..first });
-        Selection { name: "x".into(), selector: Selector { terms, withheld: vec![] }, options, trusted: true }
+        Selection {
+            name: "x".into(),
+            selector: Selector { terms, withheld: vec![] },
+            options,
+            trusted: true,
+            persist: false,
+        }
     })
 }
 

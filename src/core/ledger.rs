@@ -103,6 +103,8 @@ pub enum Origin {
     Rule(String),
     /// A person attached it.
     Manual,
+    /// A person attached it for good: it is written down, and granted by that like by a rule.
+    Persist,
 }
 
 /// A right on a device and a node for it, in one run of one container.
@@ -143,6 +145,8 @@ impl Grant {
 pub enum Placement {
     /// Written down before the act: nothing, or any part of it, may have been done.
     Pending,
+    /// As pending, where these directories are made for the node.
+    Making(Vec<String>),
     /// We made the node, and these directories for it.
     Ours(Vec<String>),
     /// The container had the node; it stays.
@@ -161,6 +165,36 @@ pub struct Entry {
     /// Why taking it back failed, where it did: what is left is tried again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left_over: Option<String>,
+}
+
+/// Why a grant is left over whose taking back has begun: written down before the act.
+pub const BEING_TAKEN_BACK: &str = "taking it back was interrupted";
+
+impl Entry {
+    /// One that nothing is done for yet.
+    pub fn pending(grant: Grant) -> Entry {
+        Entry { grant, placement: Placement::Pending, left_over: None }
+    }
+
+    /// Whether it is in force whole, and is to stay so.
+    pub fn is_settled(&self) -> bool {
+        !self.is_half_made() && self.left_over.is_none()
+    }
+
+    /// Whether the one who made it or took it back did not come to the end.
+    pub fn is_interrupted(&self) -> bool {
+        self.is_half_made() || self.left_over.as_deref() == Some(BEING_TAKEN_BACK)
+    }
+
+    /// The same, about to be taken back.
+    pub fn leaving(&self) -> Entry {
+        let reason = self.left_over.clone().unwrap_or_else(|| BEING_TAKEN_BACK.to_owned());
+        Entry { left_over: Some(reason), ..self.clone() }
+    }
+
+    fn is_half_made(&self) -> bool {
+        matches!(self.placement, Placement::Pending | Placement::Making(_))
+    }
 }
 
 /// Rights on a device that the container's runtime granted at its start, withdrawn because the device is unplugged. They

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use crate::core::device::{Identity, Number};
 use crate::core::facts::Facts;
-use crate::core::ledger::{Grant, Granted, Holder, Node, Origin};
+use crate::core::ledger::{Grant, Granted, Holder, Node};
 use crate::core::policy::Bounds;
 use crate::core::rule::Rule;
 use crate::core::selection::Group;
@@ -66,7 +66,7 @@ impl Asking<'_> {
             device: Granted::from(facts.device),
             access: rule.access(),
             node,
-            origin: Origin::Rule(rule.to_string()),
+            origin: rule.origin(),
             at_start: self.named.iter().any(|(number, _)| *number == facts.device.number),
             exclusive: rule.is_exclusive(),
         }
@@ -209,7 +209,7 @@ mod tests {
         let (grants, _) = desired(1, &asked, &devices);
         assert_eq!(paths(&grants), [("/dev/ttyUSB0", "/dev/ttyUSB0"), ("/dev/ttyUSB10", "/dev/ttyUSB10")]);
         assert_eq!((grants[0].node.gid, grants[0].node.mode), (20, 0o660));
-        assert_eq!(grants[0].origin, Origin::Rule("ttyUSB".into()));
+        assert_eq!(grants[0].origin, crate::core::ledger::Origin::Rule("ttyUSB".into()));
         assert_eq!(grants.iter().map(|grant| grant.at_start).collect::<Vec<_>>(), [true, false]);
     }
 

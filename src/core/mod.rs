@@ -3,6 +3,7 @@
 mod advice;
 pub mod annotation;
 pub mod assembler;
+pub mod attachment;
 pub mod category;
 pub mod config;
 pub mod container;
@@ -18,6 +19,7 @@ pub mod grammar;
 pub mod ledger;
 pub mod matcher;
 pub mod naming;
+pub mod page;
 pub mod pattern;
 pub mod plan;
 pub mod policy;

@@ -27,6 +27,8 @@ pub enum Change {
 pub enum Step {
     /// Write the grant into the ledger, before anything is done for it.
     Record(Entry),
+    /// Write into the ledger that it is taken back, before anything of it is.
+    Leave(Entry),
     /// Strike it from the ledger, after everything of it is gone.
     Forget(Entry),
     /// Put the mark into first place on the holder's cgroup.
@@ -60,7 +62,7 @@ impl Step {
     pub fn inverse(&self) -> Step {
         match self.clone() {
             Step::Record(entry) => Step::Forget(entry),
-            Step::Forget(entry) => Step::Record(entry),
+            Step::Leave(entry) | Step::Forget(entry) => Step::Record(entry),
             Step::Mark(holder) => Step::Unmark(holder),
             Step::Unmark(holder) => Step::Mark(holder),
             Step::Allow { holder, number, before, after } => {
@@ -76,7 +78,6 @@ impl Step {
 /// changes hands is free before the next one takes it. Of two grants for one path of one container the first counts.
 /// `unplugged` says whether the device of an entry is gone.
 pub fn changes(desired: &[Grant], observed: &[Entry], unplugged: impl Fn(&Entry) -> bool) -> Vec<Change> {
-    let settled = |entry: &Entry| entry.placement != Placement::Pending && entry.left_over.is_none();
     let place = |grant: &Grant| {
         let Holder { id, pid, start_time, .. } = &grant.holder;
         (id.clone(), *pid, *start_time, grant.node.path.clone())
@@ -90,7 +91,7 @@ pub fn changes(desired: &[Grant], observed: &[Entry], unplugged: impl Fn(&Entry)
             grant.is_same(&entry.grant) && grant.node == entry.grant.node && grant.exclusive == entry.grant.exclusive
         };
         let place = place(&entry.grant);
-        if settled(entry) && wanted.get(&place).is_some_and(|all| all.iter().any(fits)) {
+        if entry.is_settled() && wanted.get(&place).is_some_and(|all| all.iter().any(fits)) {
             kept.insert(place);
         } else {
             changes.push(Change::Remove { entry: entry.clone(), unplugged: unplugged(entry) });
@@ -107,8 +108,7 @@ impl Change {
             Change::Add(grant) => {
                 let (number, before) = (grant.device.number, rights(ledger, grant, None));
                 let after = before.union(grant.access);
-                let entry = Entry { grant: grant.clone(), placement: Placement::Pending, left_over: None };
-                let mut steps = vec![Step::Record(entry)];
+                let mut steps = vec![Step::Record(Entry::pending(grant.clone()))];
                 if !ledger.iter().any(|other| other.grant.holder.cgroup_id == grant.holder.cgroup_id) {
                     steps.push(Step::Mark(grant.holder.clone()));
                 }
@@ -121,10 +121,11 @@ impl Change {
                 let grant = &entry.grant;
                 let number = grant.device.number;
                 let (before, after) = (rights(ledger, grant, None), rights(ledger, grant, Some(entry)));
+                let mut steps = vec![Step::Leave(entry.clone())];
                 // The right first: whatever the container does to keep its node, it cannot open it any more.
-                let mut steps = vec![Step::Allow { holder: grant.holder.clone(), number, before, after }];
+                steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });
                 match &entry.placement {
-                    Placement::Ours(directories) => {
+                    Placement::Ours(directories) | Placement::Making(directories) => {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: directories.clone() });
                     }
                     Placement::Pending => {
@@ -139,7 +140,7 @@ impl Change {
                 if !ledger.iter().any(|other| others(&other)) {
                     steps.push(Step::Unmark(grant.holder.clone()));
                 }
-                steps.push(Step::Forget(entry.clone()));
+                steps.push(Step::Forget(entry.leaving()));
                 steps
             }
         }

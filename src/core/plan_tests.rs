@@ -34,7 +34,7 @@ pub(crate) fn holder(cgroup_id: u64) -> Holder {
     }
 }
 
-fn grant(cgroup: u64, minor: u32, path: u32, access: u32) -> Grant {
+pub(crate) fn grant(cgroup: u64, minor: u32, path: u32, access: u32) -> Grant {
     let device = device("/dev/x", 188, minor);
     Grant {
         holder: holder(cgroup),
@@ -59,7 +59,14 @@ struct World {
 impl World {
     fn apply(&mut self, step: &Step) {
         match step {
-            Step::Record(entry) => self.ledger.push(entry.clone()),
+            Step::Record(entry) => {
+                self.ledger.retain(|other| other.left_over.is_none() || !other.grant.is_same(&entry.grant));
+                self.ledger.push(entry.clone());
+            }
+            Step::Leave(entry) => {
+                let its = self.ledger.iter_mut().find(|other| other.grant.is_same(&entry.grant));
+                *its.expect("it is in force") = entry.leaving();
+            }
             Step::Forget(entry) => self.ledger.retain(|other| !other.grant.is_same(&entry.grant)),
             Step::Mark(holder) => assert!(self.marks.insert(holder.cgroup_id), "marked once"),
             Step::Unmark(holder) => assert!(self.marks.remove(&holder.cgroup_id), "unmarked once"),

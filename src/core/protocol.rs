@@ -57,6 +57,19 @@ pub struct Attach {
     /// Group; the host node's if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gid: Option<u32>,
+    /// What is to be kept for the container's and the machine's restarts, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub persist: Option<Persist>,
+}
+
+/// How a device is meant that is attached for good.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Persist {
+    /// The device as it was typed: a path, or a selector.
+    pub typed: String,
+    /// The terms of the selector, without options, where it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<String>,
 }
 
 /// Parameters of `Detach`.
@@ -103,7 +116,8 @@ pub struct GrantInfo {
     pub access: Access,
     /// Path of the node inside.
     pub path: String,
-    /// Whose the node is: `ours`, `container's` or `host's`; `pending` while it is being made.
+    /// Whose the node is: `ours`, `container's` or `host's`; `pending` while it is being made; `none` where something that
+    /// was attached for good is not in force.
     pub node: String,
     /// Owner of the node.
     pub uid: u32,
@@ -113,6 +127,9 @@ pub struct GrantInfo {
     pub mode: u32,
     /// `manual`, or `rule:` and the category.
     pub origin: String,
+    /// Whether it is granted again after a restart of the container or of the machine, by `attach --persist`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub persist: bool,
     /// What else is to be said: left over, unplugged, container exited.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
@@ -131,7 +148,7 @@ impl From<&Entry> for GrantInfo {
             access: grant.access,
             path: grant.node.path.clone(),
             node: match entry.placement {
-                Placement::Pending => "pending",
+                Placement::Pending | Placement::Making(_) => "pending",
                 Placement::Ours(_) => "ours",
                 Placement::Container => "container's",
                 Placement::Host => "host's",
@@ -141,10 +158,11 @@ impl From<&Entry> for GrantInfo {
             gid: grant.node.gid,
             mode: grant.node.mode,
             origin: match &grant.origin {
-                Origin::Manual => "manual".to_owned(),
+                Origin::Manual | Origin::Persist => "manual".to_owned(),
                 Origin::Rule(_) if grant.at_start && entry.placement == Placement::Container => "start".to_owned(),
                 Origin::Rule(category) => format!("rule:{category}"),
             },
+            persist: grant.origin == Origin::Persist,
             note: entry.left_over.as_ref().map(|reason| format!("left over: {reason}")),
         }
     }

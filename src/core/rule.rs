@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::core::category::Category;
 use crate::core::device::{Access, Device, Kind, Number};
 use crate::core::facts::Facts;
-use crate::core::ledger::Node;
+use crate::core::ledger::{Node, Origin};
 use crate::core::seat::{self, Seat};
 use crate::core::selection::{Group, Matched, Selection};
 
@@ -66,6 +66,14 @@ impl Rule {
     /// Whether a policy of the administrator bounds it.
     pub fn is_bounded(&self) -> bool {
         !self.selection().is_some_and(|selection| selection.trusted)
+    }
+
+    /// Why its grants are there.
+    pub fn origin(&self) -> Origin {
+        match self.selection() {
+            Some(selection) if selection.persist => Origin::Persist,
+            _ => Origin::Rule(self.to_string()),
+        }
     }
 
     /// The selector with its options, if it is one.

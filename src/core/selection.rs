@@ -33,6 +33,8 @@ pub struct Selection {
     pub options: Options,
     /// Whether root wrote it into a configuration file: then no policy bounds it.
     pub trusted: bool,
+    /// Whether a person attached it for good: then it is told as that.
+    pub persist: bool,
 }
 
 /// How a container wants its devices. What is not given is as on the host.

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::inspect::{Inspection, NodeFd, OPENS, Target, of_container, targets};
 use crate::ops::live::{self, lookup};
+use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
 use crate::sys::block;
 use crate::sys::bpf::{Program, attached};
@@ -79,6 +80,10 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
     let mut asks = asks(&container, &settings);
     let configured = settings.rules_for(&its).into_iter();
     asks.extend(configured.map(|rule| Ask { source: "the host's configuration".into(), rule: Ok(rule) }));
+    let persisted = Persisted::look();
+    let of_it = persisted.all().iter().filter(|attached| attached.is_for(&container));
+    let rules = of_it.flat_map(|it| &it.devices).map(|device| device.rule(&settings.categories));
+    asks.extend(rules.map(|rule| Ask { source: "attach --persist".into(), rule }));
     let sysfs = KernelSysfs::default();
     let known = target.device.as_ref().map(|device| Facts::new(device, &sysfs));
     let subject = inspection.as_ref().map_or_else(|| subject(target), |inspection| inspection.subject(target));
@@ -109,9 +114,10 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
             access: entry.grant.access,
             origin: match &entry.grant.origin {
                 Origin::Manual => "attached by hand".into(),
+                Origin::Persist => "attached by hand for good".into(),
                 Origin::Rule(rule) => format!("granted by its rule {rule}"),
             },
-            manual: entry.grant.origin == Origin::Manual,
+            manual: !matches!(entry.grant.origin, Origin::Rule(_)),
             left_over: entry.left_over.clone(),
         }),
         agent,

@@ -2,8 +2,11 @@
 
 mod agreement;
 pub mod explain;
+mod files;
 mod inspect;
 pub mod live;
+pub mod persist;
+mod rebuild;
 pub mod request;
 pub mod store;
 pub mod verify;
@@ -12,15 +15,17 @@ mod withdrawal;
 use std::path::Path;
 
 use crate::core::device::{Access, Number};
-use crate::core::ledger::{Grant, Holder, Node, Origin, Placement};
+use crate::core::ledger::{Entry, Grant, Holder, Node, Origin, Placement};
 use crate::core::plan::{Change, Step};
 use crate::error::{Error, Result};
+use crate::failpoint::reached;
+use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
 use crate::sys::host::{Host, require_fitness};
 use crate::sys::namespace::inside;
-use crate::sys::node::{self, Made, NodeError};
+use crate::sys::node::{self, Before, Made, NodeError};
 use crate::sys::process::{self, Process};
 
 /// Where the ledger, its lock and the agent's socket are.
@@ -34,6 +39,8 @@ pub struct Executor {
     pub host: Host,
     /// The ledger.
     pub ledger: Store,
+    /// What was attached for good.
+    pub persisted: Persisted,
     filter: Option<DeviceFilter>,
 }
 
@@ -45,7 +52,7 @@ impl Executor {
         let cgroups = CgroupRoot::find()?;
         let host = Host::observe()?;
         let ledger = Store::open(Path::new(RUN_DIRECTORY))?;
-        Ok(ledger.map(|ledger| Executor { cgroups, host, ledger, filter: None }))
+        Ok(ledger.map(|ledger| Executor { cgroups, host, ledger, persisted: Persisted::take_over(), filter: None }))
     }
 
     /// The device filter, loaded and attached if it is not yet.
@@ -76,6 +83,9 @@ impl Executor {
                 Ok(None) => undo.push(step.inverse()),
                 Err(first) => return Err(self.take_back(undo, change, first)),
             }
+        }
+        if let Change::Add(_) = change {
+            reached("grant: done, and not settled");
         }
         if let Change::Add(grant) = change
             && let Err(first) = self.ledger.settle(grant, placement.clone())
@@ -125,7 +135,8 @@ impl Executor {
     fn execute(&mut self, step: &Step) -> Result<Option<Placement>> {
         tracing::trace!(?step, "step");
         match step {
-            Step::Record(entry) => self.ledger.record(entry.clone())?,
+            Step::Record(entry) => self.record(entry)?,
+            Step::Leave(entry) => self.ledger.leave(&entry.grant)?,
             Step::Forget(entry) => self.ledger.forget(&entry.grant)?,
             Step::Mark(holder) => self.mark(holder)?,
             Step::Unmark(holder) => self.unmark(holder)?,
@@ -180,12 +191,31 @@ impl Executor {
         result.map_err(in_container(holder.label(), format!("change the rights on {number} in the device filter")))
     }
 
+    /// Writes a grant down, with what there is at its path before anything is done: what was there is not taken for ours
+    /// after a crash, and directories that were not are.
+    fn record(&mut self, entry: &Entry) -> Result<()> {
+        let mut entry = entry.clone();
+        let Grant { holder, device, node, .. } = &entry.grant;
+        if entry.placement == Placement::Pending {
+            let process = Process::open_same(holder.pid, holder.start_time)
+                .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+            let (number, wanted) = (device.number, node.clone());
+            let before = inside(holder.label(), &process, self.host, move |it| node::before(it, number, &wanted))?;
+            entry.placement = match before {
+                Before::There => Placement::Container,
+                Before::Missing { directories } if directories.is_empty() => Placement::Pending,
+                Before::Missing { directories } => Placement::Making(directories),
+            };
+        }
+        self.ledger.record(entry)
+    }
+
     fn make_node(&mut self, grant: &Grant) -> Result<Placement> {
         let holder = &grant.holder;
         let process = Process::open_same(holder.pid, holder.start_time)
             .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
         // Only a rule may take the place of a node that an unplugged device left: what a person typed may be a slip.
-        let replace = grant.origin != Origin::Manual;
+        let replace = matches!(grant.origin, Origin::Rule(_));
         let (number, wanted) = (grant.device.number, grant.node.clone());
         let made =
             inside(holder.label(), &process, self.host, move |inside| node::make(inside, number, &wanted, replace))?
@@ -243,7 +273,8 @@ impl Executor {
     /// Leaves nothing in the kernel once the last grant is gone and no agent needs it.
     pub fn release_if_unused(&mut self) -> Result<()> {
         let unused = self.ledger.entries().is_empty() && self.ledger.withdrawn().is_empty();
-        if self.filter.is_some() && unused { self.release_filter() } else { Ok(()) }
+        // One that was killed may have left it.
+        if unused && DeviceFilter::existing(&self.cgroups)?.is_some() { self.release_filter() } else { Ok(()) }
     }
 }
 

@@ -1,16 +1,23 @@
 //! What people ask for, done on the ledger and the kernel: the same with and without an agent.
 
+use crate::config;
+use crate::core::attachment::{Attached, Attachment, Lasting};
 use crate::core::container::{Container, Reference};
 use crate::core::destination;
-use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin, Placement};
+use crate::core::device::Device;
+use crate::core::facts::Facts;
+use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin};
 use crate::core::plan::Change;
-use crate::core::protocol::{Attach, Detach, GrantInfo, List, StatusInfo};
+use crate::core::protocol::{Attach, Detach, GrantInfo, List, Persist, StatusInfo};
+use crate::core::selection::{Group, Options};
 use crate::error::{Error, Result};
 use crate::ops::Executor;
 use crate::ops::live::{hold, lookup};
+use crate::ops::persist::Persisted;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
 use crate::sys::process::{holders_of, is_gone};
+use crate::sys::sysfs::KernelSysfs;
 use crate::sys::udev;
 
 /// Gives a container a device. Asking again for the same changes nothing.
@@ -41,20 +48,28 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         let reason = format!("container {holder} has {node}, and only one may: it is free when that ends");
         return Err(Error::Refused { container: container.label().to_owned(), reason });
     }
+    let lasting = match &request.persist {
+        Some(persist) => Some(for_good(request, persist, &container, &device, &node)?),
+        None => None,
+    };
     let grant = Grant {
         holder,
         device: Granted::from(&device),
         access: request.access,
         node,
-        origin: Origin::Manual,
+        origin: if lasting.is_some() { Origin::Persist } else { Origin::Manual },
         at_start: false,
         exclusive: false,
     };
     if let Some(entry) = at_path(executor.ledger.entries(), &grant.holder, &grant.node.path).cloned() {
-        let is_settled = entry.placement != Placement::Pending && entry.left_over.is_none();
-        if is_settled && entry.grant.is_same(&grant) && entry.grant.node == grant.node {
+        let is_settled = entry.is_settled();
+        let is_by_rule = matches!(entry.grant.origin, Origin::Rule(_)) && lasting.is_some();
+        if is_settled && entry.grant.is_same(&grant) && entry.grant.node == grant.node && !is_by_rule {
             executor.mark(&grant.holder)?;
-            return Ok(GrantInfo::from(&entry));
+            let Some((container, device)) = lasting else { return Ok(GrantInfo::from(&entry)) };
+            executor.persisted.add(container, device)?;
+            executor.ledger.set_origin(&grant, Origin::Persist)?;
+            return Ok(GrantInfo::from(&Entry { grant, ..entry }));
         }
         if is_settled && udev::is_present(&entry.grant.device.identity) {
             return Err(Error::Refused {
@@ -65,7 +80,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
                     entry.grant.device.node,
                     entry.grant.access,
                     match &entry.grant.origin {
-                        Origin::Manual => "attached by hand: detach it first".to_owned(),
+                        Origin::Manual | Origin::Persist => "attached by hand: detach it first".to_owned(),
                         Origin::Rule(category) => format!("granted by its rule {category}: name another DEST"),
                     }
                 ),
@@ -73,8 +88,49 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         }
         executor.carry_out(&Change::Remove { entry, unplugged: false })?;
     }
-    let placement = executor.carry_out(&Change::Add(grant.clone()))?;
-    Ok(GrantInfo::from(&Entry { grant, placement, left_over: None }))
+    // Written down before the act, like everything.
+    let before = match lasting {
+        Some((container, device)) => {
+            let nothing = Attached::new(container.clone());
+            Some(executor.persisted.add(container, device)?.unwrap_or(nothing))
+        }
+        None => None,
+    };
+    match executor.carry_out(&Change::Add(grant.clone())) {
+        Ok(placement) => Ok(GrantInfo::from(&Entry { grant, placement, left_over: None })),
+        Err(first) => {
+            if let Some(before) = before {
+                executor.persisted.put(before)?;
+            }
+            Err(first)
+        }
+    }
+}
+
+/// What is to be written down of a device that is attached for good.
+fn for_good(
+    request: &Attach,
+    persist: &Persist,
+    container: &Container,
+    device: &Device,
+    node: &Node,
+) -> Result<(Lasting, Attachment)> {
+    let refuse = |reason: String| Error::Refused { container: container.label().to_owned(), reason };
+    let lasting = Lasting::of(container)
+        .ok_or_else(|| refuse("a process has no name that outlives it: name a container for --persist".into()))?;
+    let options = Options {
+        path: Some(node.path.clone()),
+        access: Some(request.access),
+        mode: request.mode,
+        uid: request.uid,
+        gid: request.gid.map(Group::Number),
+        ..Options::default()
+    };
+    let (sysfs, selector) = (KernelSysfs::default(), persist.selector.as_deref());
+    let categories = config::settings_or_warn().categories;
+    let facts = Facts::new(device, &sysfs);
+    let attachment = Attachment::new(&facts, &persist.typed, selector, &options, node, &categories);
+    Ok((lasting, attachment.map_err(|reason| refuse(format!("--persist: {reason}")))?))
 }
 
 fn at_path<'a>(entries: &'a [Entry], holder: &Holder, path: &str) -> Option<&'a Entry> {
@@ -92,13 +148,17 @@ pub fn detach(
     agent: bool,
 ) -> Result<Vec<GrantInfo>> {
     let reference = Reference::parse(&request.container).map_err(Error::Usage)?;
-    let container = lookup(containers, &reference)?;
+    let path = destination::check(&request.device).unwrap_or_else(|_| request.device.clone());
+    let container = match lookup(containers, &reference) {
+        // What was attached for good is there also while it does not run.
+        Err(Error::NoSuchContainer(_)) if executor.persisted.named(&reference, None).is_some() => None,
+        container => Some(container?),
+    };
     let of_container = |entry: &&Entry| {
-        entry.grant.holder.id == container.id
-            && (entry.grant.holder.pid, entry.grant.holder.start_time) == (container.pid, container.start_time)
+        let Holder { id, pid, start_time, .. } = &entry.grant.holder;
+        container.as_ref().is_some_and(|its| (id, *pid, *start_time) == (&its.id, its.pid, its.start_time))
     };
     let all: Vec<Entry> = executor.ledger.entries().iter().filter(of_container).cloned().collect();
-    let path = destination::check(&request.device).unwrap_or_else(|_| request.device.clone());
     let mut matching: Vec<Entry> = all.iter().filter(|entry| entry.grant.node.path == path).cloned().collect();
     if matching.is_empty() {
         // The device may be named by any link to it, and may be unplugged already.
@@ -108,15 +168,23 @@ pub fn detach(
         };
         matching = all.iter().filter(names).cloned().collect();
     }
-    if matching.is_empty() {
-        return Err(Error::NoSuchGrant { container: container.label().to_owned(), device: request.device.clone() });
+    let attached = executor.persisted.named(&reference, container.as_ref()).cloned();
+    let is_matching = |path: &String| matching.iter().any(|entry| entry.grant.node.path == *path);
+    let struck = attached.iter().flat_map(|it| &it.devices);
+    let struck: Vec<Attachment> = struck
+        .filter(|device| is_matching(&device.node.path) || matching.is_empty() && device.is_named(&request.device))
+        .cloned()
+        .collect();
+    if matching.is_empty() && struck.is_empty() {
+        let label = container.as_ref().map_or(request.container.as_str(), Container::label).to_owned();
+        return Err(Error::NoSuchGrant { container: label, device: request.device.clone() });
     }
     if let Some((entry, category)) = matching.iter().find_map(|entry| match &entry.grant.origin {
         Origin::Rule(category) if agent => Some((entry, category)),
         _ => None,
     }) {
         return Err(Error::Refused {
-            container: container.label().to_owned(),
+            container: entry.grant.holder.label().to_owned(),
             reason: format!(
                 "{} is granted by its rule {category} and would come back at once: take that out of its annotations, or out of the configuration",
                 entry.grant.node.path
@@ -124,11 +192,18 @@ pub fn detach(
         });
     }
     let mut gone = Vec::new();
+    for (attached, device) in attached.iter().flat_map(|it| struck.iter().map(move |device| (it, device))) {
+        // First of all, so that nothing brings it back.
+        executor.persisted.strike(&attached.container, &device.node.path)?;
+        if !matching.iter().any(|entry| entry.grant.node.path == device.node.path) {
+            gone.push(not_in_force(attached, device, containers));
+        }
+    }
     for entry in matching {
         let mut info = GrantInfo::from(&entry);
         let (cgroup, number) = (entry.grant.holder.cgroup.clone(), entry.grant.device.number);
         // What a rule has granted goes as if its device were unplugged, with what the container had from its start.
-        if entry.grant.at_start && entry.grant.origin != Origin::Manual {
+        if entry.grant.at_start && matches!(entry.grant.origin, Origin::Rule(_)) {
             executor.withdraw(&entry.grant.holder, number)?;
         }
         executor.carry_out(&Change::Remove { entry, unplugged: true })?;
@@ -140,12 +215,56 @@ pub fn detach(
     Ok(gone)
 }
 
-/// What is in force, sorted by container and path. Entries of containers that ended meanwhile are noted as such.
-pub fn list(entries: &[Entry], containers: &[Container], request: &List) -> Result<Vec<GrantInfo>> {
-    let only = match &request.container {
-        Some(name) => Some(lookup(containers, &Reference::parse(name).map_err(Error::Usage)?)?.id),
+/// What was attached for good and is not in force.
+fn not_in_force(attached: &Attached, device: &Attachment, containers: &[Container]) -> GrantInfo {
+    let running = containers.iter().find(|container| attached.is_for(container));
+    let why = match running {
+        Some(_) => "its device is not there, or could not be granted",
+        None => "the container does not run",
+    };
+    let Attachment { device, number, node, access, .. } = device;
+    GrantInfo {
+        container: attached.container.name.clone(),
+        id: running.map_or(&attached.container.name, |container| &container.id).clone(),
+        device: device.clone(),
+        kind: number.kind,
+        major: number.major,
+        minor: number.minor,
+        access: *access,
+        path: node.path.clone(),
+        node: "none".into(),
+        uid: node.uid,
+        gid: node.gid,
+        mode: node.mode,
+        origin: "manual".into(),
+        persist: true,
+        note: Some(format!("not in force: {why}")),
+    }
+}
+
+/// What is in force, and what was attached for good, sorted by container and path. Entries of containers that ended
+/// meanwhile are noted as such.
+pub fn list(
+    entries: &[Entry],
+    persisted: &Persisted,
+    containers: &[Container],
+    request: &List,
+) -> Result<Vec<GrantInfo>> {
+    let reference = request.container.as_ref().map(|name| Reference::parse(name).map_err(Error::Usage)).transpose()?;
+    let only = match &reference {
+        Some(reference) => match lookup(containers, reference) {
+            Err(Error::NoSuchContainer(_)) if persisted.named(reference, None).is_some() => Some(None),
+            container => Some(Some(container?)),
+        },
         None => None,
     };
+    let is_asked = |attached: &&Attached| match (&reference, &only) {
+        (Some(reference), Some(container)) => {
+            persisted.named(reference, container.as_ref()).is_some_and(|its| its.container == attached.container)
+        }
+        _ => true,
+    };
+    let only = only.as_ref().map(|its| its.as_ref().map(|container| container.id.clone()).unwrap_or_default());
     let mut all: Vec<GrantInfo> = entries
         .iter()
         .filter(|entry| only.as_ref().is_none_or(|id| entry.grant.holder.id == *id))
@@ -160,14 +279,25 @@ pub fn list(entries: &[Entry], containers: &[Container], request: &List) -> Resu
             info
         })
         .collect();
+    for attached in persisted.all().iter().filter(is_asked) {
+        let is_there = |device: &&Attachment| {
+            let has =
+                |entry: &Entry| attached.may_be_of(&entry.grant.holder) && entry.grant.node.path == device.node.path;
+            entries.iter().any(has)
+        };
+        let missing = attached.devices.iter().filter(|device| !is_there(device));
+        all.extend(missing.map(|device| not_in_force(attached, device, containers)));
+    }
     all.sort_by(|a, b| (&a.container, &a.path).cmp(&(&b.container, &b.path)));
     Ok(all)
 }
 
-/// Takes back what belongs to containers that ended: their nodes are gone, their entries in the filter are not.
+/// Takes back what belongs to containers that ended: their nodes are gone, their entries in the filter are not. So does
+/// what one who was killed has left half done.
 pub fn prune(executor: &mut Executor) {
-    let ended = |entry: &&Entry| is_gone(entry.grant.holder.pid, entry.grant.holder.start_time);
-    let entries: Vec<Entry> = executor.ledger.entries().iter().filter(ended).cloned().collect();
+    let is_over =
+        |entry: &&Entry| entry.is_interrupted() || is_gone(entry.grant.holder.pid, entry.grant.holder.start_time);
+    let entries: Vec<Entry> = executor.ledger.entries().iter().filter(is_over).cloned().collect();
     for entry in entries {
         if let Err(error) = executor.carry_out(&Change::Remove { entry, unplugged: false }) {
             tracing::warn!("{}", error.chain());

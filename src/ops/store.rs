@@ -1,22 +1,32 @@
 //! The ledger on disk: `ledger/ID.json`, one file a container, so that a change writes what it concerns and no more.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::core::ledger::{Entry, Grant, Page, Placement, VERSION, Withdrawal};
+use crate::core::ledger::{Entry, Grant, Origin, Page, Placement, VERSION, Withdrawal};
+use crate::core::page;
 use crate::error::{Error, Result};
+use crate::failpoint::reached;
+use crate::ops::files::{self, Durable};
 
 /// The ledger, locked for this process.
 pub struct Store {
     directory: PathBuf,
     entries: Vec<Entry>,
     withdrawn: Vec<Withdrawal>,
+    lost: Vec<String>,
     _lock: File,
 }
+
+/// Extension of a page that cannot be read, until what it told of is found out, and from then on.
+const LOST: &str = "lost";
+const BAD: &str = "bad";
+/// How many of them are kept.
+const KEPT: usize = 8;
 
 impl Store {
     /// Makes the directory if need be, takes the lock and reads all pages; `None` while another process has the lock. A
@@ -39,16 +49,22 @@ impl Store {
             Err(errno) => return Err(Error::host(format!("lock {}", path.display()))(errno)),
         }
         let (mut entries, mut withdrawn) = (Vec::new(), Vec::new());
-        for page in read_pages(&directory, true)? {
+        for page in take_over(&directory)? {
             entries.extend(page.entries);
             withdrawn.extend(page.withdrawn);
         }
-        Ok(Some(Store { directory, entries, withdrawn, _lock: lock }))
+        let lost = files::with_extension(&directory, LOST);
+        let lost = lost.iter().filter_map(|path| page::id_of(path.file_name()?.to_str()?)).collect();
+        Ok(Some(Store { directory, entries, withdrawn, lost, _lock: lock }))
     }
 
     /// Reads the ledger without the lock, for a look.
     pub fn peek(run: &Path) -> Result<Vec<Entry>> {
-        Ok(read_pages(&run.join("ledger"), false)?.into_iter().flat_map(|page| page.entries).collect())
+        // Only who holds the lock may set a page aside: to an older program a newer one's pages are unreadable.
+        let pages = read_pages(&run.join("ledger"), |path, reason| {
+            tracing::warn!("the ledger {} is passed over: {reason}", path.display());
+        });
+        Ok(pages?.into_iter().flat_map(|page| page.entries).collect())
     }
 
     /// All entries.
@@ -89,6 +105,14 @@ impl Store {
         self.write(&grant.holder.id)
     }
 
+    /// Says why a grant in force is there from now on.
+    pub fn set_origin(&mut self, grant: &Grant, origin: Origin) -> Result<()> {
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.grant.is_same(grant)) {
+            entry.grant.origin = origin;
+        }
+        self.write(&grant.holder.id)
+    }
+
     /// Gives the directories that were made for a grant to other grants of the same container that have a node of ours in
     /// them.
     pub fn hand_on(&mut self, grant: &Grant, directories: &[String]) -> Result<()> {
@@ -113,6 +137,14 @@ impl Store {
         if has_changed { self.write(&grant.holder.id) } else { Ok(()) }
     }
 
+    /// Notes that a grant is about to be taken back.
+    pub fn leave(&mut self, grant: &Grant) -> Result<()> {
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.grant.is_same(grant)) {
+            *entry = entry.leaving();
+        }
+        self.write(&grant.holder.id)
+    }
+
     /// Strikes an entry.
     pub fn forget(&mut self, grant: &Grant) -> Result<()> {
         self.entries.retain(|entry| !entry.grant.is_same(grant));
@@ -129,85 +161,84 @@ impl Store {
         }
     }
 
-    /// Writes a container's page under a temporary name and renames it; an empty page is removed.
+    /// Writes a container's page; an empty one is removed.
     fn write(&self, id: &str) -> Result<()> {
-        let path = self.directory.join(file_name(id));
+        let path = self.directory.join(page::file_name(id));
         let entries: Vec<Entry> = self.entries.iter().filter(|entry| entry.grant.holder.id == id).cloned().collect();
         let withdrawn: Vec<_> = self.withdrawn.iter().filter(|other| other.holder.id == id).cloned().collect();
+        reached("ledger: before a page is written");
         let result = if entries.is_empty() && withdrawn.is_empty() {
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-                result => result,
-            }
+            files::remove(&path).inspect(|()| reached("ledger: a page is removed"))
         } else {
-            let temporary = path.with_extension("tmp");
-            let text =
-                serde_json::to_vec(&Page { version: VERSION, entries, withdrawn }).expect("a page is valid JSON");
-            File::options()
-                .create(true)
-                .truncate(true)
-                .write(true)
-                .mode(0o600)
-                .open(&temporary)
-                .and_then(|mut file| file.write_all(&text))
-                .and_then(|()| fs::rename(&temporary, &path))
+            let page = Page { version: VERSION, entries, withdrawn };
+            let text = serde_json::to_vec(&page).expect("a page is valid JSON");
+            // On a tmpfs nothing outlives the machine: it need not wait for a disk.
+            files::replace(&path, &text, Durable::No, || reached("ledger: before a page is renamed"))
+                .inspect(|()| reached("ledger: a page is written"))
         };
         result.map_err(Error::host(format!("write the ledger {}", path.display())))
     }
-}
 
-/// Ids are file names, but for `pid:N` and whatever a runtime may allow one day: those bytes are written as `%XX`.
-fn file_name(id: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    let escaped =
-        id.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") });
-    format!("c-{}.json", escaped.collect::<String>())
-}
+    /// The ids of containers whose pages were lost, as far as they are known: what is in force of them has to be found out
+    /// anew.
+    pub fn lost(&self) -> &[String] {
+        &self.lost
+    }
 
-/// Only who holds the lock may set a page aside: to an older program a newer one's pages are unreadable.
-fn read_pages(directory: &Path, set_aside: bool) -> Result<Vec<Page>> {
-    let mut pages = Vec::new();
-    let files = match fs::read_dir(directory) {
-        Ok(files) => files,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(pages),
-        Err(error) => return Err(Error::host(format!("read the ledger {}", directory.display()))(error)),
-    };
-    for file in files.flatten() {
-        let path = file.path();
-        if path.extension().is_none_or(|extension| extension != "json") {
-            continue;
+    /// What was lost has been found out: the pages are kept for a person to look at, the newest ones of them.
+    pub fn found(&mut self) {
+        self.lost.clear();
+        for path in files::with_extension(&self.directory, LOST) {
+            let _ = fs::rename(&path, path.with_extension(BAD));
         }
-        let page = fs::read(&path).map_err(|error| error.to_string()).and_then(|text| parse(&text));
-        match page {
+        let written = |path: &PathBuf| path.metadata().and_then(|found| found.modified()).ok();
+        let mut bad = files::with_extension(&self.directory, BAD);
+        bad.sort_by_key(|path| std::cmp::Reverse(written(path)));
+        bad.iter().skip(KEPT).for_each(|path| drop(fs::remove_file(path)));
+    }
+}
+
+/// Reads all pages of a directory that this process has locked. A page that cannot be read is set aside, and what writes
+/// that were interrupted have left is removed.
+fn take_over(directory: &Path) -> Result<Vec<Page>> {
+    files::with_extension(directory, files::TEMPORARY).iter().for_each(|path| drop(fs::remove_file(path)));
+    read_pages(directory, |path, reason| {
+        let aside = path.with_extension(LOST);
+        let kept = path.with_extension(BAD);
+        tracing::warn!("the ledger {} is set aside as {}: {reason}", path.display(), kept.display());
+        if let Err(error) = fs::rename(path, &aside) {
+            tracing::error!("cannot set the ledger {} aside: {error}", path.display());
+        }
+    })
+}
+
+fn read_pages(directory: &Path, bad: impl Fn(&Path, &str)) -> Result<Vec<Page>> {
+    let at = || Error::host::<io::Error>(format!("read the ledger {}", directory.display()));
+    match fs::read_dir(directory) {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(at()(error)),
+    }
+    let mut pages = Vec::new();
+    for path in files::with_extension(directory, "json") {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        match files::read(&path).and_then(|text| page::parse(&name, &text)) {
             Ok(page) => pages.push(page),
-            Err(reason) if !set_aside => tracing::warn!("the ledger {} is passed over: {reason}", path.display()),
-            Err(reason) => {
-                let aside = path.with_extension("bad");
-                tracing::warn!("the ledger {} is set aside as {}: {reason}", path.display(), aside.display());
-                let _ = fs::rename(&path, &aside);
-            }
+            Err(reason) => bad(&path, &reason),
         }
     }
     Ok(pages)
-}
-
-fn parse(text: &[u8]) -> std::result::Result<Page, String> {
-    let page: Page = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-    if page.version != VERSION {
-        return Err(format!("it has version {}, this program writes version {VERSION}", page.version));
-    }
-    Ok(page)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::core::device::Access;
-    use crate::core::ledger::{Granted, Node, Origin};
+    use crate::core::ledger::{Granted, Node};
     use crate::core::plan::tests::{device, holder};
 
     fn entry(id: &str, path: &str) -> Entry {
-        let mut holder = holder(1);
+        let mut holder = holder(7);
         holder.id = id.into();
         let node = Node { path: path.into(), uid: 0, gid: 20, mode: 0o660, link_to: None };
         let device = Granted::from(&device("/dev/ttyUSB0", 188, 0));
@@ -226,7 +257,8 @@ mod tests {
     #[test]
     fn what_is_recorded_is_there_after_reopening_and_what_is_forgotten_is_not() {
         let run = tempfile::tempdir().unwrap();
-        let entries = [entry("a", "/dev/x"), entry("a", "/dev/y"), entry("pid:7", "/dev/x"), entry("pid_7", "/dev/x")];
+        let entries =
+            [entry("a", "/dev/d/x"), entry("a", "/dev/y"), entry("pid:7", "/dev/x"), entry("pid_7", "/dev/x")];
         let mut store = Store::open(run.path()).unwrap().unwrap();
         entries.iter().for_each(|entry| store.record(entry.clone()).unwrap());
         assert!(Store::open(run.path()).unwrap().is_none(), "locked");
@@ -249,7 +281,35 @@ mod tests {
         assert_eq!(Store::peek(run.path()).unwrap().len(), 1);
         assert!(ledger.join("c-cut.json").exists(), "a look changes nothing");
         assert_eq!(Store::open(run.path()).unwrap().unwrap().entries().len(), 1);
+        assert!(!ledger.join("c-cut.json").exists() && !ledger.join("c-new.json").exists());
+        // Until somebody has found out what they told of, also if that one was killed.
+        let mut store = Store::open(run.path()).unwrap().unwrap();
+        let mut lost = store.lost().to_vec();
+        lost.sort();
+        assert_eq!(lost, ["cut", "new"]);
+        store.found();
+        drop(store);
         assert!(ledger.join("c-cut.bad").exists() && ledger.join("c-new.bad").exists());
+        assert!(Store::open(run.path()).unwrap().unwrap().lost().is_empty());
+    }
+
+    #[test]
+    fn of_bad_pages_the_newest_are_kept_and_of_interrupted_writes_nothing() {
+        let run = tempfile::tempdir().unwrap();
+        let ledger = run.path().join("ledger");
+        drop(Store::open(run.path()).unwrap());
+        fs::write(ledger.join("c-x.json.tmp"), "{").unwrap();
+        for at in 0..KEPT + 3 {
+            fs::write(ledger.join(format!("c-{at}.json")), "x").unwrap();
+            Store::open(run.path()).unwrap().unwrap().found();
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        let left = fs::read_dir(&ledger).unwrap().flatten().map(|entry| entry.file_name().into_string().unwrap());
+        let mut left: Vec<String> = left.collect();
+        left.sort();
+        let mut expected: Vec<String> = (3..KEPT + 3).map(|at| format!("c-{at}.bad")).collect();
+        expected.sort();
+        assert_eq!(left, expected);
     }
 
     #[test]

@@ -243,7 +243,7 @@ impl Program {
         Program::load_bytes(name, &assemble(program))
     }
 
-    fn load_bytes(name: &str, bytes: &[u8]) -> io::Result<Program> {
+    pub(super) fn load_bytes(name: &str, bytes: &[u8]) -> io::Result<Program> {
         // Not GPL-only: no helper that we call asks for it.
         let license = c"Dual MIT/GPL";
         let attr = Attr::new()
@@ -277,8 +277,8 @@ impl Program {
         Ok(Program { fd: unsafe { bpf_fd(PROG_GET_FD_BY_ID, &mut Attr::new().u32(0, id))? } })
     }
 
-    /// A second program with the same instructions. Only for programs without maps: the kernel does not tell which.
-    pub fn copy(&self) -> io::Result<Program> {
+    /// Its instructions. Only of programs without maps: the kernel does not tell which.
+    pub(super) fn instructions(&self) -> io::Result<Vec<u8>> {
         let first = info(self.fd.as_fd(), Info::new())?;
         if first.u32(52) != 0 {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "the program uses maps"));
@@ -286,7 +286,7 @@ impl Program {
         let mut bytes = vec![0u8; first.u32(20) as usize];
         let ask = Info::new().u32_at(20, bytes.len() as u32).u64_at(32, bytes.as_mut_ptr() as u64);
         info(self.fd.as_fd(), ask)?;
-        Program::load_bytes("qmhp_copy", &bytes)
+        Ok(bytes)
     }
 
     /// Id, name and maps.

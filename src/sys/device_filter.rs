@@ -11,6 +11,7 @@ use crate::core::filter_program::{
     WATCHED_VALUE_SIZE, WITHDRAWN_MAP, WITNESS_MAP, WITNESS_SIZE,
 };
 use crate::error::{Error, Result};
+use crate::failpoint::reached;
 use crate::sys::bpf::{Map, Program, attached, attached_as};
 use crate::sys::cgroup::{Cgroup, CgroupRoot};
 use crate::sys::mark;
@@ -87,10 +88,17 @@ impl DeviceFilter {
     /// others where there is none. At no moment is there none of ours.
     fn take_over(&self, root: &CgroupRoot, name: &str, ours: &[(Program, String)]) -> Result<()> {
         let lift = Program::load(name, &program::lift(self.maps())).map_err(failed("load its program"))?;
+        reached("filter: the program is loaded");
         match ours.first() {
             // In place: a program of others that runs after ours keeps the last word.
-            Some((old, _)) => lift.replace(root.as_fd(), old).map_err(failed("replace the version before"))?,
-            None => lift.attach(root.as_fd()).map_err(failed("attach its program to the cgroup root"))?,
+            Some((old, _)) => {
+                lift.replace(root.as_fd(), old).map_err(failed("replace the version before"))?;
+                reached("filter: the program is replaced");
+            }
+            None => {
+                lift.attach(root.as_fd()).map_err(failed("attach its program to the cgroup root"))?;
+                reached("filter: the program is attached");
+            }
         }
         detach_others(root, ours, 0)
     }
@@ -147,9 +155,9 @@ impl DeviceFilter {
     pub fn set(&self, cgroup: u64, number: Number, access: Access) -> io::Result<()> {
         let key = key(cgroup, number);
         if access.is_none() {
-            return self.grants.remove(&key).map(drop);
+            return self.grants.remove(&key).map(|_| reached("filter: the right is gone"));
         }
-        self.grants.insert(&key, &access.bits().to_ne_bytes())
+        self.grants.insert(&key, &access.bits().to_ne_bytes()).inspect(|()| reached("filter: the right is set"))
     }
 
     /// The rights that the map holds.
@@ -177,12 +185,14 @@ impl DeviceFilter {
             (None, false) => {
                 let map = Map::create_hash(WITHDRAWN_MAP, KEY_SIZE, VALUE_SIZE, CAPACITY).map_err(&changed)?;
                 map.insert(&key, &access.bits().to_ne_bytes()).map_err(&changed)?;
+                reached("filter: the right is withdrawn");
                 self.withdrawn = Some(map);
                 self.change_form(root).inspect_err(|_| self.withdrawn = None)
             }
             (Some(map), false) => map.insert(&key, &access.bits().to_ne_bytes()).map_err(changed),
             (Some(map), true) => {
                 map.remove(&key).map_err(&changed)?;
+                reached("filter: the right is restored");
                 if !map.keys().map_err(&changed)?.is_empty() {
                     return Ok(());
                 }
@@ -271,8 +281,10 @@ impl DeviceFilter {
                 mark::remove(&cgroup).map_err(Error::host(format!("remove our mark from cgroup {path}")))?;
             }
         }
+        reached("release: the marks are removed");
         for (lift, _) in lifts {
             lift.detach(root.as_fd()).map_err(failed("detach its program from the cgroup root"))?;
+            reached("release: the program is detached");
         }
         Ok(())
     }

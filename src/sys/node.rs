@@ -5,20 +5,17 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Uid, chownat, fstat,
-    fstatfs, fstatvfs, major, makedev, minor, mkdirat, mknodat, open, openat, openat2, readlinkat, renameat,
-    renameat_with, statat, symlinkat, unlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Uid, chownat, fstat, major, makedev, minor, mknodat,
+    open, openat, readlinkat, renameat, renameat_with, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::core::device::{Kind, Number};
 use crate::core::ledger::Node;
+use crate::failpoint::reached;
+use crate::sys::directory::{is_hosts, on_host, open_directory, remove_directories, resolve, split};
 use crate::sys::namespace::Inside;
-
-/// File systems that the kernel fills (linux/magic.h): proc, sysfs, cgroup, cgroup2, devpts, debugfs, tracefs, securityfs.
-const KERNEL_FILE_SYSTEMS: [u64; 8] =
-    [0x9fa0, 0x6265_6572, 0x0027_e0eb, 0x6367_7270, 0x1cd1, 0x6462_6720, 0x7472_6163, 0x7363_6673];
 
 /// Whose node is at the path after [`make`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,7 +48,7 @@ pub enum NodeError {
 }
 
 impl NodeError {
-    fn failed(what: String) -> impl FnOnce(Errno) -> NodeError {
+    pub(super) fn failed(what: String) -> impl FnOnce(Errno) -> NodeError {
         move |errno| NodeError::Failed { what, source: errno.into() }
     }
 }
@@ -74,8 +71,48 @@ pub fn make(inside: Inside<'_>, number: Number, node: &Node, replace: bool) -> R
     }
 }
 
-/// Removes a node or a link that [`make`] made, if it is still there and still that one, and the directories made for it
-/// as far as they are empty. Says whether it was still there. Of `node`, the path and what it links to count.
+/// What [`make`] will find.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Before {
+    /// The node, or a link where one is wanted: it will be left as it is.
+    There,
+    /// Nothing of the kind; these directories are missing, outermost first.
+    Missing {
+        /// Their paths.
+        directories: Vec<String>,
+    },
+}
+
+/// Looks at what [`make`] will find. What stands in its way is not told here.
+pub fn before(inside: Inside<'_>, number: Number, node: &Node) -> Before {
+    let (parent, name) = split(&node.path);
+    if let Ok(Some(directory)) = open_directory(inside, parent, None) {
+        let found = look(&directory, name, &node.path).ok().flatten();
+        return match found.is_some_and(|stat| is_it(&directory, name, &stat, number, node)) {
+            true => Before::There,
+            false => Before::Missing { directories: Vec::new() },
+        };
+    }
+    let ends = parent.match_indices('/').map(|(at, _)| at).filter(|at| *at > 0).chain([parent.len()]);
+    let all = ends.map(|end| parent[..end].to_owned());
+    Before::Missing { directories: all.skip_while(|path| !matches!(resolve(inside, path), Ok(None))).collect() }
+}
+
+/// Whether the node or the link stands there as [`make`] would have made it, on a file system of the container's.
+pub fn stands(inside: Inside<'_>, number: Number, node: &Node) -> bool {
+    let (parent, name) = split(&node.path);
+    let Ok(Some(directory)) = open_directory(inside, parent, None) else { return false };
+    let Ok(Some(stat)) = look(&directory, name, &node.path) else { return false };
+    let is_as_made = match node.link_to {
+        Some(_) => number_of(&stat).is_none(),
+        None => (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777) == (node.uid, node.gid, node.mode),
+    };
+    is_as_made && is_it(&directory, name, &stat, number, node) && is_hosts(inside, &directory).is_ok_and(|its| !its)
+}
+
+/// Removes a node or a link that [`make`] made, if it is still there and still that one, what an interrupted one left
+/// under its temporary name, and the directories made for it as far as they are empty. Says whether it was still there.
+/// Of `node`, the path and what it links to count.
 pub fn remove(inside: Inside<'_>, number: Number, node: &Node, directories: &[String]) -> Result<bool, NodeError> {
     let path = &*node.path;
     let (parent, name) = split(path);
@@ -87,13 +124,17 @@ pub fn remove(inside: Inside<'_>, number: Number, node: &Node, directories: &[St
     };
     if let Some(directory) = directory
         && !is_hosts(inside, &directory)?
-        && let Some(stat) = look(&directory, name, path)?
-        && is_it(&directory, name, &stat, number, node)
     {
-        match unlinkat(&directory, name, AtFlags::empty()) {
-            Ok(()) => removed = true,
-            Err(Errno::NOENT) => {}
-            Err(errno) => return Err(NodeError::failed(format!("remove {path}"))(errno)),
+        sweep(&directory, &temporary_name(name));
+        if let Some(stat) = look(&directory, name, path)?
+            && is_it(&directory, name, &stat, number, node)
+        {
+            match unlinkat(&directory, name, AtFlags::empty()) {
+                Ok(()) => removed = true,
+                Err(Errno::NOENT) => {}
+                Err(errno) => return Err(NodeError::failed(format!("remove {path}"))(errno)),
+            }
+            reached("node: removed");
         }
     }
     remove_directories(inside, directories);
@@ -143,15 +184,19 @@ fn make_in(
         return Err(NodeError::Refused(format!("{parent} answered too late")));
     }
     let temporary = temporary_name(name);
-    let _ = unlinkat(directory, &*temporary, AtFlags::empty());
-    match &node.link_to {
-        Some(target) => symlinkat(&**target, directory, &*temporary),
-        None => make_at(directory, &temporary, number, node.mode),
-    }
-    .map_err(NodeError::failed(format!("make a device node in {parent}")))?;
+    sweep(directory, &temporary);
+    let failed = NodeError::failed(format!("make a device node in {parent}"));
     let placed = match &node.link_to {
-        Some(_) => Ok(()),
-        None => own(directory, &temporary, number, node),
+        Some(target) => {
+            symlinkat(&**target, directory, &*temporary).map_err(failed)?;
+            reached("node: a link is made under its temporary name");
+            Ok(())
+        }
+        None => {
+            make_at(directory, &temporary, number, node.mode).map_err(failed)?;
+            reached("node: made under its temporary name");
+            own(directory, &temporary, number, node).inspect(|()| reached("node: has its owner"))
+        }
     };
     let placed = placed
         .and_then(|()| match found {
@@ -166,7 +211,18 @@ fn make_in(
     if placed.is_err() {
         let _ = unlinkat(directory, &*temporary, AtFlags::empty());
     }
+    reached("node: in its place");
     placed.map(|()| true)
+}
+
+/// Removes what an interrupted [`make`] left under its temporary name. A container may put other things there: of what is
+/// its own, no more than device nodes and links of that name can go.
+fn sweep(directory: &OwnedFd, temporary: &str) {
+    let is_kind_of_ours =
+        |stat: &Stat| number_of(stat).is_some() || FileType::from_raw_mode(stat.st_mode) == FileType::Symlink;
+    if statat(directory, temporary, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| is_kind_of_ours(&stat)) {
+        let _ = unlinkat(directory, temporary, AtFlags::empty());
+    }
 }
 
 /// Gives the new node its owner, through a descriptor that is checked to be that node: the name may be swapped.
@@ -176,109 +232,6 @@ fn own(directory: &OwnedFd, name: &str, number: Number, node: &Node) -> Result<(
         return Err(Errno::STALE);
     }
     chownat(&fd, "", Some(Uid::from_raw(node.uid)), Some(Gid::from_raw(node.gid)), AtFlags::EMPTY_PATH)
-}
-
-/// Opens a directory below the container's root. With `made`, missing ones are made and their paths pushed; without,
-/// a missing one is `None`.
-fn open_directory(
-    inside: Inside<'_>,
-    path: &str,
-    mut made: Option<&mut Vec<String>>,
-) -> Result<Option<OwnedFd>, NodeError> {
-    let mut at = resolve(inside, "/")?.expect("the root is there");
-    let mut so_far = String::new();
-    if path != "/"
-        && let Some(directory) = resolve(inside, path)?
-    {
-        at = directory;
-    } else {
-        for part in path.split('/').filter(|part| !part.is_empty()) {
-            let below = format!("{so_far}/{part}");
-            at = match (resolve(inside, &below)?, &mut made) {
-                (Some(next), _) => next,
-                (None, None) => return Ok(None),
-                (None, Some(made)) => {
-                    let above = if so_far.is_empty() { "/" } else { &so_far };
-                    if is_hosts(inside, &at)? {
-                        return Err(NodeError::Refused(format!(
-                            "its {above} is the host's own, where nothing is made: use the path that the device has on the host"
-                        )));
-                    }
-                    check_file_system(&at, above)?;
-                    match mkdirat(&at, part, Mode::from_raw_mode(0o755)) {
-                        Ok(()) => made.push(below.clone()),
-                        Err(Errno::EXIST) => {}
-                        Err(errno) => return Err(NodeError::failed(format!("make the directory {below}"))(errno)),
-                    }
-                    resolve(inside, &below)?
-                        .ok_or_else(|| NodeError::Refused(format!("{below} vanished while it was made")))?
-                }
-            };
-            so_far = below;
-        }
-    }
-    if made.is_some() {
-        check_file_system(&at, path)?;
-    }
-    Ok(Some(at))
-}
-
-/// Resolves a directory without following links; `None` where it does not exist.
-fn resolve(inside: Inside<'_>, path: &str) -> Result<Option<OwnedFd>, NodeError> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let how = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    // EAGAIN: a rename went on somewhere and the kernel could not be sure (openat2(2)).
-    for _ in 0..64 {
-        return match openat2(inside.root, path, flags, Mode::empty(), how) {
-            Ok(fd) => Ok(Some(fd)),
-            Err(Errno::AGAIN) => continue,
-            Err(Errno::NOENT) => Ok(None),
-            Err(Errno::LOOP) => Err(NodeError::Refused(format!(
-                "{path} is or contains a symbolic link inside the container, which is not followed: give the real path"
-            ))),
-            Err(Errno::NOTDIR) => Err(NodeError::Refused(format!(
-                "{path} is not a directory inside the container: name another destination"
-            ))),
-            Err(errno) => Err(NodeError::failed(format!("open {path}"))(errno)),
-        };
-    }
-    Err(NodeError::Refused(format!("{path} is renamed all the time inside the container: try again when it is quiet")))
-}
-
-/// A node is of use only where the file system takes it and lets it be opened.
-fn check_file_system(directory: &OwnedFd, path: &str) -> Result<(), NodeError> {
-    let kind =
-        fstatfs(directory).map_err(NodeError::failed(format!("look at the file system of {path}")))?.f_type as u64;
-    if KERNEL_FILE_SYSTEMS.contains(&kind) {
-        return Err(NodeError::Refused(format!(
-            "{path} is a file system of the kernel's, where no node can be: name another destination"
-        )));
-    }
-    let flags = fstatvfs(directory).map_err(NodeError::failed(format!("look at the mount of {path}")))?.f_flag;
-    if flags.contains(StatVfsMountFlags::NODEV) {
-        return Err(NodeError::Refused(format!(
-            "{path} is mounted nodev, so no device can be opened there: name another destination"
-        )));
-    }
-    if flags.contains(StatVfsMountFlags::RDONLY) {
-        return Err(NodeError::Refused(format!(
-            "{path} is mounted read-only: name a destination on a writable file system"
-        )));
-    }
-    Ok(())
-}
-
-fn on_host(inside: Inside<'_>, path: &str) -> Result<bool, NodeError> {
-    match resolve(inside, path)? {
-        Some(directory) => is_hosts(inside, &directory),
-        None => Ok(false),
-    }
-}
-
-/// Whether a directory lies on the file system that is the host's `/dev` (`-v /dev:/dev`, `-v /dev/snd:/dev/snd`).
-fn is_hosts(inside: Inside<'_>, directory: &OwnedFd) -> Result<bool, NodeError> {
-    let stat = fstat(directory).map_err(NodeError::failed("stat a directory".into()))?;
-    Ok(stat.st_dev == inside.host.dev_fs)
 }
 
 fn look(directory: &OwnedFd, name: &str, path: &str) -> Result<Option<Stat>, NodeError> {
@@ -345,27 +298,8 @@ pub fn what_is(stat: &Stat) -> &'static str {
     }
 }
 
-fn remove_directories(inside: Inside<'_>, directories: &[String]) {
-    for path in directories.iter().rev() {
-        let (parent, name) = split(path);
-        // One that is not empty any more, or gone, is the container's business.
-        if let Ok(Some(parent)) = open_directory(inside, parent, None) {
-            let _ = unlinkat(&parent, name, AtFlags::REMOVEDIR);
-        }
-    }
-}
-
-/// Directory and name of an absolute path.
-pub(super) fn split(path: &str) -> (&str, &str) {
-    match path.rsplit_once('/') {
-        Some(("", name)) => ("/", name),
-        Some((parent, name)) => (parent, name),
-        None => ("/", path),
-    }
-}
-
 /// What a node is made under before it is renamed into place. There is one executor at a time, so that one name a node
-/// is enough, and what a killed one left is replaced by the next.
+/// is enough, and what a killed one left goes with what its ledger says is half done.
 fn temporary_name(name: &str) -> String {
     // Names have 255 bytes at most.
     format!(".qm-hotplug.{}", name.get(name.len().saturating_sub(200)..).unwrap_or("node"))

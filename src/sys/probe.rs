@@ -21,8 +21,9 @@ use crate::core::proof::{Answer, Found, Seen};
 use crate::error::{Error, Result};
 use crate::sys::asker::{Inside, Prepared, RECORD_SIZE, Record, STEPS, Step, live};
 use crate::sys::cgroup::Cgroup;
+use crate::sys::directory::split;
 use crate::sys::host::Host;
-use crate::sys::node::{number_of, split, what_is};
+use crate::sys::node::{number_of, what_is};
 use crate::sys::process::{Process, User};
 
 /// How long the child may take. It takes microseconds, but a container can mount what never answers, or be frozen.

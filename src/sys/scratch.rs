@@ -45,7 +45,7 @@ impl<'a> Scratch<'a> {
     /// ours. What programs at the root say as well does not count. One with maps has no copy (`Unsupported`), and one
     /// that looks at the cgroup of who asks sees this one.
     pub fn refuses(&self, program: &Program, node: BorrowedFd<'_>, access: Access) -> io::Result<bool> {
-        let copy = program.copy()?;
+        let copy = Program::load_bytes("qmhp_copy", &program.instructions()?)?;
         copy.attach(self.cgroup.as_fd())?;
         let answer = self.keep_apart.attach(self.cgroup.as_fd()).and_then(|()| {
             let question = Question {

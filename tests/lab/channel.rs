@@ -35,10 +35,19 @@ impl Channel {
     /// # Errors
     /// When nothing is heard within `timeout`, or the port closes because the machine ended.
     pub(crate) fn open(stream: UnixStream, timeout: Duration) -> io::Result<Self> {
-        stream.set_read_timeout(Some(timeout))?;
-        let mut reader = BufReader::new(stream);
-        match read_line(&mut reader)?.as_str() {
-            "HELLO" => Ok(Self { reader }),
+        let mut channel = Self { reader: BufReader::new(stream) };
+        channel.wait_for_hello(timeout)?;
+        Ok(channel)
+    }
+
+    /// The same after the machine was started anew.
+    ///
+    /// # Errors
+    /// As for [`Channel::open`].
+    pub(crate) fn wait_for_hello(&mut self, timeout: Duration) -> io::Result<()> {
+        self.reader.get_ref().set_read_timeout(Some(timeout))?;
+        match read_line(&mut self.reader)?.as_str() {
+            "HELLO" => Ok(()),
             other => Err(unexpected(other)),
         }
     }

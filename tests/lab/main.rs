@@ -18,6 +18,7 @@ mod nested;
 mod operation;
 mod plug;
 mod qmp;
+mod reboot;
 mod rootless;
 mod runtimes;
 mod seat;
@@ -62,6 +63,8 @@ fn cases() -> impl Iterator<Item = Case> {
         select_ask::CASES,
         rootless::CASES,
         runtimes::CASES,
+        // The last one: what others leave in /run is gone then.
+        reboot::CASES,
     ]
     .concat()
     .into_iter()

@@ -209,6 +209,19 @@ impl Vm {
         lock(&self.qmp).execute(command, arguments).unwrap_or_else(|error| panic!("qmp: {error}"))
     }
 
+    /// Cuts the machine's power and starts it again: what had not reached its disk is lost, and what is plugged in stays so.
+    ///
+    /// # Panics
+    /// With the end of the console log when the machine does not come up.
+    #[track_caller]
+    pub(crate) fn cut_power(&self) {
+        self.qmp("system_reset", json!({}));
+        lock(&self.channel).wait_for_hello(BOOT_TIMEOUT).unwrap_or_else(|error| {
+            panic!("the machine did not come up again: {error}\n{}", console_tail(&self.console));
+        });
+        self.sh_within(BOOT_TIMEOUT, "systemctl is-system-running --wait");
+    }
+
     /// Plugs a device in: a qemu driver such as `usb-serial`, `usb-audio`, `usb-kbd`, with its properties.
     ///
     /// A serial device without a `chardev` gets one that swallows everything; to see the data, add a `ringbuf` chardev

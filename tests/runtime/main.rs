@@ -3,6 +3,7 @@
 //! Every case runs once with each runtime and leaves nothing behind, also when it fails: devices, containers and the
 //! agent go when their values are dropped, the rest goes in [`clean`].
 
+mod adoption;
 mod agent;
 mod agent_restart;
 mod agent_socket;
@@ -10,11 +11,15 @@ mod attach;
 mod containers;
 mod detach;
 mod engines;
+mod exact;
 mod hook;
 mod host_dev;
 mod hotplug;
+#[cfg(feature = "fail-points")]
+mod killed;
 mod monitor;
 mod operation;
+mod persist;
 mod plug;
 mod policy;
 mod precreate;
@@ -51,6 +56,8 @@ fn main() {
         hotplug::CASES,
         agent::CASES,
         agent_restart::CASES,
+        adoption::CASES,
+        persist::CASES,
         agent_socket::CASES,
         updates::CASES,
         hook::CASES,
@@ -71,6 +78,7 @@ fn main() {
     };
     let mut trials: Vec<Trial> = cases.into_iter().flatten().flat_map(each).collect();
     for (name, case) in [
+        adoption::ONCE,
         agent_socket::ONCE,
         monitor::ONCE,
         operation::ONCE,
@@ -87,6 +95,8 @@ fn main() {
     {
         trials.push(trial((*name).to_owned(), case));
     }
+    #[cfg(feature = "fail-points")]
+    trials.extend(killed::ONCE.iter().map(|(name, case)| trial((*name).to_owned(), case)));
     if !arguments.list {
         support::enter();
         podman::remove_leftovers();
@@ -120,6 +130,7 @@ fn clean() {
     podman::remove_all();
     plug::remove_links();
     support::unconfigure();
+    let _ = std::fs::remove_dir_all("/var/lib/qm-hotplug/attached");
     support::release();
     support::assert_nothing_left();
     assert_eq!(state::ledger(), Default::default(), "the ledger is empty");

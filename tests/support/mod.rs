@@ -18,7 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 pub const BINARY: &str = env!("CARGO_BIN_EXE_qm-hotplug");
 
 /// Moves this process into a mount namespace of its own: cgroup2 on /sys/fs/cgroup also where the host is hybrid, an
-/// empty /run/qm-hotplug and /var/log, and an /etc of its own without configuration of ours. Call it first in `main`,
+/// empty /run/qm-hotplug, /var/lib/qm-hotplug and /var/log, and an /etc of its own without configuration of ours. Call it first in `main`,
 /// while there is one thread.
 ///
 /// The device filter is one for the whole kernel, so only one such test program runs at a time.
@@ -41,6 +41,8 @@ pub fn enter() {
         mount(Some("none"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none).unwrap();
     }
     fresh_run_directory();
+    std::fs::create_dir_all("/var/lib/qm-hotplug").unwrap();
+    mount(Some("none"), "/var/lib/qm-hotplug", Some("tmpfs"), MsFlags::empty(), Some("mode=0700")).unwrap();
     // The hook's log is the host's too.
     mount(Some("none"), "/var/log", Some("tmpfs"), MsFlags::empty(), none).unwrap();
     // What is written to /etc goes to a tmpfs, which stays when its mount goes.
@@ -239,7 +241,7 @@ pub fn assert_nothing_left() {
             .unwrap()
             .iter()
             .map(|p| p.info().unwrap().name)
-            .filter(|name| name.starts_with("qmhp"))
+            .filter(|name| name.starts_with("qmhp") || name.starts_with("qmhc"))
             .collect()
     };
     assert_eq!(names(root.as_fd()), [""; 0], "programs at the root");

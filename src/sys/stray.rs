@@ -1,0 +1,90 @@
+//! Nodes of a device in a container's `/dev` that no record tells of.
+
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, fstat, openat, readlinkat, statat, unlinkat};
+
+use crate::core::device::Number;
+use crate::sys::directory::{is_hosts, open_directory};
+use crate::sys::namespace::Inside;
+use crate::sys::node::number_of;
+
+/// How deep below `/dev`, and at how many names at most, is looked: a container can fill it as it likes.
+const DEPTH: usize = 8;
+const MOST: usize = 10_000;
+
+/// Removes all nodes of that device in the container's `/dev`, the links to them, and directories that are empty then.
+/// Returns the paths of what was a node. The host's own directories are left alone, and other file systems.
+pub fn remove(inside: Inside<'_>, number: Number) -> Vec<String> {
+    let Ok(Some(dev)) = open_directory(inside, "/dev", None) else { return Vec::new() };
+    let Ok(stat) = fstat(&dev) else { return Vec::new() };
+    if is_hosts(inside, &dev).unwrap_or(true) {
+        return Vec::new();
+    }
+    let mut search = Search { number, file_system: stat.st_dev, left: MOST, removed: Vec::new() };
+    search.visit(&dev, "/dev", DEPTH, &Search::take_node);
+    if !search.removed.is_empty() {
+        search.left = MOST;
+        search.visit(&dev, "/dev", DEPTH, &Search::take_link);
+    }
+    search.removed
+}
+
+struct Search {
+    number: Number,
+    file_system: u64,
+    left: usize,
+    removed: Vec<String>,
+}
+
+impl Search {
+    /// Takes out of a directory, and of those in it. Says whether something was.
+    fn visit(
+        &mut self,
+        directory: &OwnedFd,
+        path: &str,
+        depth: usize,
+        take: &dyn Fn(&mut Search, &OwnedFd, &str, String) -> bool,
+    ) -> bool {
+        let mut has_taken = false;
+        // A descriptor of its own kind for reading names: the other one is for paths alone.
+        let readable = openat(directory, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        for entry in readable.and_then(Dir::new).into_iter().flatten().flatten() {
+            let Ok(name) = entry.file_name().to_str() else { continue };
+            if matches!(name, "." | "..") || self.left == 0 {
+                continue;
+            }
+            self.left -= 1;
+            let below = format!("{path}/{name}");
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            if take(self, directory, name, below.clone()) {
+                has_taken = true;
+            } else if depth > 0
+                && let Ok(inner) = openat(directory, name, flags, Mode::empty())
+                && fstat(&inner).is_ok_and(|stat| stat.st_dev == self.file_system)
+                && self.visit(&inner, &below, depth - 1, take)
+            {
+                has_taken = true;
+                // One that is not empty stays.
+                let _ = unlinkat(directory, name, AtFlags::REMOVEDIR);
+            }
+        }
+        has_taken
+    }
+
+    fn take_node(&mut self, directory: &OwnedFd, name: &str, path: String) -> bool {
+        let is_one =
+            statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| number_of(&stat) == Some(self.number));
+        let is_gone = is_one && unlinkat(directory, name, AtFlags::empty()).is_ok();
+        if is_gone {
+            self.removed.push(path);
+        }
+        is_gone
+    }
+
+    fn take_link(&mut self, directory: &OwnedFd, name: &str, _: String) -> bool {
+        let leads_there = readlinkat(directory, name, Vec::new())
+            .is_ok_and(|target| self.removed.iter().any(|path| path.as_bytes() == target.as_bytes()));
+        leads_there && unlinkat(directory, name, AtFlags::empty()).is_ok()
+    }
+}
