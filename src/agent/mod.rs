@@ -10,6 +10,7 @@ mod service;
 mod state_watch;
 mod watch;
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -40,7 +41,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How many events may wait; when there are more, everything is compared instead.
 const QUEUE: usize = 65_536;
 /// How many events are worked through before signals and the watchdog get their turn.
-const BATCH: usize = 256;
+const BATCH: usize = 1024;
 /// How long the end waits for those who are connected to be told of it, and for what has happened to be worked through:
 /// together less than the unit's TimeoutStopSec.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -97,7 +98,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
         "ready: {} containers, {} devices, {} grants, events from {}",
         registry.containers.len(),
         registry.devices.len(),
-        executor.ledger.entries().len(),
+        executor.ledger.entries().count(),
         events_from()
     );
     let mut service = Service::new();
@@ -126,10 +127,8 @@ async fn serve(mut executor: Executor) -> Result<()> {
                     let ended = std::io::Error::other("the thread that waits for them ended");
                     return Err(Error::host("hear of events")(ended));
                 };
-                hear(&mut executor, &mut registry, &mut refusals, first);
-                for _ in 0..BATCH {
-                    let Ok(next) = news.try_recv() else { break };
-                    hear(&mut executor, &mut registry, &mut refusals, next);
+                for one in at_hand(first, &mut news) {
+                    hear(&mut executor, &mut registry, &mut refusals, one);
                 }
                 reconcile::catch_up(&mut executor, &mut registry);
                 refusals.follow(&mut executor, &registry);
@@ -169,7 +168,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
     drain(&mut executor, &mut registry, &mut refusals, &mut news);
     refusals.stop(&mut executor);
     log::tell_all_repeats();
-    let (granted, withdrawn) = (executor.ledger.entries().len(), executor.ledger.withdrawn().len());
+    let (granted, withdrawn) = (executor.ledger.entries().count(), executor.ledger.withdrawn().len());
     tracing::info!("stopping; {granted} grants and {withdrawn} withdrawals stay in force");
     Ok(())
 }
@@ -181,7 +180,7 @@ fn drain(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusa
     while Instant::now() < until
         && let Ok(next) = news.try_recv()
     {
-        hear(executor, registry, refusals, next);
+        at_hand(next, news).into_iter().for_each(|one| hear(executor, registry, refusals, one));
     }
     reconcile::catch_up(executor, registry);
     if !news.is_empty() {
@@ -211,6 +210,17 @@ fn compare(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refu
     refusals.renew(executor, registry);
 }
 
+/// What has happened until now, as far as it counts: of a device, the last event alone.
+fn at_hand(first: News, news: &mut mpsc::Receiver<News>) -> Vec<News> {
+    let mut all = vec![first];
+    while all.len() < BATCH
+        && let Ok(next) = news.try_recv()
+    {
+        all.push(next);
+    }
+    watch::newest(all)
+}
+
 fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusals, News { at, what }: News) {
     match what {
         What::Plugged(device) => reconcile::plugged(executor, registry, *device, at),
@@ -233,7 +243,8 @@ fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusal
 fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -> Reply {
     let is_detach = matches!(request, Request::Detach(_));
     let needs_before = is_detach || registry.monitors.are_there();
-    let (start, before) = (Instant::now(), needs_before.then(|| executor.ledger.entries().to_vec()));
+    let all = |executor: &Executor| -> HashSet<Entry> { executor.ledger.entries().cloned().collect() };
+    let (start, before) = (Instant::now(), needs_before.then(|| all(executor)));
     let mut result = carry_out(executor, registry, request);
     if let Err(Error::NoSuchContainer(_)) = result {
         // It may have started a moment ago, or its name may have been out of sight.
@@ -247,15 +258,13 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
         registry.follow(&executor.cgroups, &entry.grant.holder);
     }
     if let Some(before) = before {
-        let (micros, after) = (Some(start.elapsed().as_micros() as u64), executor.ledger.entries());
-        for entry in before.iter().filter(|entry| !after.contains(entry)) {
-            registry.monitors.tell(|| Event::Revoked(Changed::new(entry, micros)));
-        }
-        for entry in after.iter().filter(|entry| !before.contains(entry)) {
-            registry.monitors.tell(|| Event::Granted(Changed::new(entry, micros)));
-        }
+        let (micros, after) = (Some(start.elapsed().as_micros() as u64), all(executor));
+        let gone: Vec<Entry> = before.difference(&after).cloned().collect();
+        gone.iter().for_each(|entry| registry.monitors.tell(|| Event::Revoked(Changed::new(entry, micros))));
+        after
+            .difference(&before)
+            .for_each(|entry| registry.monitors.tell(|| Event::Granted(Changed::new(entry, micros))));
         if is_detach {
-            let gone: Vec<Entry> = before.into_iter().filter(|entry| !after.contains(entry)).collect();
             reconcile::freed(executor, registry, &gone);
             reconcile::catch_up(executor, registry);
         }
@@ -275,7 +284,7 @@ fn carry_out(executor: &mut Executor, registry: &Registry, request: &Request) ->
             request::list(executor.ledger.entries(), &executor.persisted, &containers, list).map(Reply::good)
         }
         Request::Status(_) => {
-            let grants = executor.ledger.entries().len();
+            let grants = executor.ledger.entries().count();
             let status = request::status(&executor.cgroups, containers.len(), grants, Some(events_from()))?;
             Ok(Reply::good(StatusInfo { configuration: registry.problems.clone(), ..status }))
         }
@@ -300,7 +309,7 @@ fn behind_ours(executor: &Executor) -> Vec<String> {
 
 /// How the agent is, on one line.
 fn status(executor: &Executor, registry: &Registry, after: &[String]) -> String {
-    let (containers, grants) = (registry.containers.len(), executor.ledger.entries().len());
+    let (containers, grants) = (registry.containers.len(), executor.ledger.entries().count());
     let mut text = format!("{containers} containers, {grants} grants, events from {}", events_from());
     if !after.is_empty() {
         text += &format!("; degraded: {} at the cgroup root may refuse what is granted", after.join(", "));

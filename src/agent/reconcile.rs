@@ -33,7 +33,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     if let Err(error) = executor.adopt(&desired) {
         tracing::error!("{}", error.chain());
     }
-    let observed = executor.ledger.entries().to_vec();
+    let observed = executor.ledger.entries().cloned().collect::<Vec<_>>();
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     settle_withdrawals(executor, registry, &desired, |_, _| true, None);
     carry_out(executor, registry, &desired, &observed, goes_with_node, None);
@@ -116,7 +116,7 @@ pub(super) fn container(
     since: Instant,
 ) {
     let Some((id, is_new)) = registry.look_at(&executor.cgroups, place, starting) else { return };
-    if !is_new && executor.ledger.entries().iter().any(|entry| entry.grant.holder.id == id) {
+    if !is_new && executor.ledger.of(&id).next().is_some() {
         return mark_again(executor, &id);
     }
     all_of(executor, registry, &BTreeSet::from([id]), "", since);
@@ -148,7 +148,7 @@ fn all_of(executor: &mut Executor, registry: &mut Registry, ids: &BTreeSet<Strin
 
 /// A runtime's update may have detached the mark of a container with grants: it is put back.
 pub(super) fn mark_again(executor: &mut Executor, id: &str) {
-    let Some(entry) = executor.ledger.entries().iter().find(|entry| entry.grant.holder.id == id) else { return };
+    let Some(entry) = executor.ledger.of(id).next() else { return };
     let holder = entry.grant.holder.clone();
     if let Err(error) = executor.mark(&holder) {
         tracing::debug!("{}", error.chain());
@@ -227,7 +227,7 @@ fn settle_withdrawals(
             for path in paths.iter().filter(|path| is_here && known.at_start.iter().any(|its| its == *path)) {
                 let is_at = |grant: &Grant| grant.holder.is_same_run(holder) && grant.node.path == **path;
                 let is_known =
-                    desired.iter().any(is_at) || executor.ledger.entries().iter().any(|entry| is_at(&entry.grant));
+                    desired.iter().any(is_at) || executor.ledger.of(&holder.id).any(|entry| is_at(&entry.grant));
                 if !is_known {
                     executor.remove_stale_node(holder, number, path);
                 }
@@ -238,7 +238,7 @@ fn settle_withdrawals(
 
 /// Whether the ledger holds a rule's grant of that number, which the container has from its start.
 fn has_grant(executor: &Executor, holder: &Holder, number: Number) -> bool {
-    executor.ledger.entries().iter().map(|entry| &entry.grant).any(|grant| {
+    executor.ledger.of(&holder.id).map(|entry| &entry.grant).any(|grant| {
         grant.at_start
             && grant.origin != Origin::Manual
             && grant.device.number == number
@@ -251,7 +251,7 @@ fn is_used_by_host(device: &Device) -> bool {
 }
 
 fn entries(executor: &Executor, test: impl Fn(&Entry) -> bool) -> Vec<Entry> {
-    executor.ledger.entries().iter().filter(|entry| test(entry)).cloned().collect()
+    executor.ledger.entries().filter(|entry| test(entry)).cloned().collect()
 }
 
 /// What the containers that pass the test should have of the devices that do. A block device that the host uses is left
@@ -276,7 +276,7 @@ fn wanted(
     let places: HashSet<_> = grants.iter().map(place).collect();
     let devices: HashSet<_> = grants.iter().map(|grant| grant.device.identity.clone()).collect();
     let is_near = |grant: &Grant| devices.contains(&grant.device.identity) || places.contains(&place(grant));
-    let valid = executor.ledger.entries().iter().filter(|entry| entry.left_over.is_none());
+    let valid = executor.ledger.entries().filter(|entry| entry.left_over.is_none());
     let near: HashMap<_, &Entry> =
         valid.filter(|entry| is_near(&entry.grant)).map(|entry| (place(&entry.grant), entry)).collect();
     let has = |grant: &Grant| near.get(&place(grant)).is_some_and(|entry| entry.grant.is_same(grant));

@@ -1,6 +1,7 @@
 //! One thread that waits for everything the agent hears of, and hands it on as owned values. It never waits for the
 //! loop that works on it, so that the kernel's buffers stay empty during a storm.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -47,6 +48,27 @@ pub(super) enum What {
     Exited(u64),
     /// Refusals are in the ring.
     Refused,
+}
+
+/// Leaves out what is over: events of a device that a later one follows, and all losses but the last, after which everything
+/// is compared. Whatever took a device's place is another one by its identity, so its last event takes back what the ones
+/// before had left.
+pub(super) fn newest(mut all: Vec<News>) -> Vec<News> {
+    let (mut devices, mut is_lost) = (HashSet::new(), false);
+    let mut kept: Vec<News> = Vec::with_capacity(all.len());
+    while let Some(news) = all.pop() {
+        let counts = match &news.what {
+            What::Plugged(device) => devices.insert(device.identity.devpath.clone()),
+            What::Unplugged(event) => devices.insert(event.devpath.clone()),
+            What::Lost => !std::mem::replace(&mut is_lost, true),
+            _ => true,
+        };
+        if counts {
+            kept.push(news);
+        }
+    }
+    kept.reverse();
+    kept
 }
 
 const KERNEL: u64 = 0;

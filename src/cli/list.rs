@@ -29,7 +29,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         Some(grants) => grants,
         None => {
             let entries = Store::peek(RUN_DIRECTORY.as_ref())?;
-            ops::request::list(&entries, &Persisted::look(), &runtime::scan(), &request)?
+            ops::request::list(entries.iter(), &Persisted::look(), &runtime::scan(), &request)?
         }
     };
     if args.json {

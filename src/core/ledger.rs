@@ -9,7 +9,7 @@ use crate::core::device::{Access, Device, Identity, Number};
 pub const VERSION: u32 = 1;
 
 /// A container as a grant remembers it: enough to find it again, and to know that it is the same one.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Holder {
     /// The runtime's id, or `pid:N`.
     pub id: String,
@@ -50,7 +50,7 @@ impl Holder {
 }
 
 /// A device as a grant remembers it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Granted {
     /// Kind and numbers.
     pub number: Number,
@@ -67,7 +67,7 @@ impl From<&Device> for Granted {
 }
 
 /// The node that a grant wants in the container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Node {
     /// Absolute path inside.
     pub path: String,
@@ -96,7 +96,7 @@ impl Node {
 }
 
 /// Why a grant is there.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
     /// A rule of this name asks for it: a category, a seat, or the name of a selector.
@@ -108,7 +108,7 @@ pub enum Origin {
 }
 
 /// A right on a device and a node for it, in one run of one container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Grant {
     /// Who has it.
     pub holder: Holder,
@@ -140,7 +140,7 @@ impl Grant {
 }
 
 /// How far a grant has come, and whose its node is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Placement {
     /// Written down before the act: nothing, or any part of it, may have been done.
@@ -156,7 +156,7 @@ pub enum Placement {
 }
 
 /// One line of the ledger.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Entry {
     /// The grant.
     pub grant: Grant,

@@ -102,14 +102,22 @@ pub fn changes(desired: &[Grant], observed: &[Entry], unplugged: impl Fn(&Entry)
 }
 
 impl Change {
-    /// The steps of this change, given what the ledger holds before it.
-    pub fn steps(&self, ledger: &[Entry]) -> Vec<Step> {
+    /// What is made or taken back.
+    pub fn grant(&self) -> &Grant {
+        match self {
+            Change::Add(grant) => grant,
+            Change::Remove { entry, .. } => &entry.grant,
+        }
+    }
+
+    /// The steps of this change, given what the ledger holds before it, at least of the grant's cgroup.
+    pub fn steps<'a>(&self, ledger: impl Iterator<Item = &'a Entry> + Clone) -> Vec<Step> {
         match self {
             Change::Add(grant) => {
-                let (number, before) = (grant.device.number, rights(ledger, grant, None));
+                let (number, before) = (grant.device.number, rights(ledger.clone(), grant, None));
                 let after = before.union(grant.access);
                 let mut steps = vec![Step::Record(Entry::pending(grant.clone()))];
-                if !ledger.iter().any(|other| other.grant.holder.cgroup_id == grant.holder.cgroup_id) {
+                if !ledger.clone().any(|other| other.grant.holder.cgroup_id == grant.holder.cgroup_id) {
                     steps.push(Step::Mark(grant.holder.clone()));
                 }
                 // The right first: a node that is seen can be opened.
@@ -120,7 +128,8 @@ impl Change {
             Change::Remove { entry, unplugged } => {
                 let grant = &entry.grant;
                 let number = grant.device.number;
-                let (before, after) = (rights(ledger, grant, None), rights(ledger, grant, Some(entry)));
+                let before = rights(ledger.clone(), grant, None);
+                let after = rights(ledger.clone(), grant, Some(entry));
                 let mut steps = vec![Step::Leave(entry.clone())];
                 // The right first: whatever the container does to keep its node, it cannot open it any more.
                 steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });
@@ -137,7 +146,7 @@ impl Change {
                     Placement::Container | Placement::Host => {}
                 }
                 let others = |other: &&Entry| *other != entry && other.grant.holder.cgroup_id == grant.holder.cgroup_id;
-                if !ledger.iter().any(|other| others(&other)) {
+                if !ledger.clone().any(|other| others(&other)) {
                     steps.push(Step::Unmark(grant.holder.clone()));
                 }
                 steps.push(Step::Forget(entry.leaving()));
@@ -149,9 +158,8 @@ impl Change {
 
 /// The rights that the ledger's entries give the grant's cgroup on its device, leaving one entry out: two nodes may
 /// stand for one device. What is left over gives none.
-fn rights(ledger: &[Entry], grant: &Grant, without: Option<&Entry>) -> Access {
+fn rights<'a>(ledger: impl Iterator<Item = &'a Entry>, grant: &Grant, without: Option<&Entry>) -> Access {
     ledger
-        .iter()
         .filter(|entry| Some(*entry) != without && entry.left_over.is_none())
         .filter(|entry| {
             entry.grant.holder.cgroup_id == grant.holder.cgroup_id && entry.grant.device.number == grant.device.number

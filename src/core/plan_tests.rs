@@ -97,7 +97,7 @@ impl World {
     fn reach(&mut self, desired: &[Grant], unplugged: bool) -> Vec<Step> {
         let mut done = Vec::new();
         for change in changes(desired, &self.ledger.clone(), |_| unplugged) {
-            for step in change.steps(&self.ledger.clone()) {
+            for step in change.steps(self.ledger.clone().iter()) {
                 self.apply(&step);
                 done.push(step);
             }
@@ -152,7 +152,7 @@ proptest! {
         world.reach(&first, false);
         let before = world.clone();
         for change in changes(&second, &world.ledger.clone(), |_| unplugged).into_iter().take(1) {
-            let steps = change.steps(&world.ledger.clone());
+            let steps = change.steps(world.ledger.clone().iter());
             for step in &steps { world.apply(step); }
             for step in steps.iter().rev() { world.apply(&step.inverse()); }
         }
@@ -207,7 +207,7 @@ fn a_node_from_the_containers_start_goes_only_when_its_device_is_unplugged() {
     grant.origin = Origin::Rule("ttyUSB".into());
     let entry = Entry { grant, placement: Placement::Container, left_over: None };
     for unplugged in [true, false] {
-        let steps = Change::Remove { entry: entry.clone(), unplugged }.steps(std::slice::from_ref(&entry));
+        let steps = Change::Remove { entry: entry.clone(), unplugged }.steps(std::iter::once(&entry));
         assert_eq!(steps.iter().any(|step| matches!(step, Step::RemoveNode { .. })), unplugged);
     }
 }

@@ -18,7 +18,7 @@ impl Executor {
         self.filter = None;
         let (mut granted, mut holders) = (Rights::new(), BTreeMap::<u64, Holder>::new());
         // What is left over has no right any more, at most a node.
-        for entry in self.ledger.entries().iter().filter(|entry| entry.left_over.is_none()) {
+        for entry in self.ledger.entries().filter(|entry| entry.left_over.is_none()) {
             let grant = &entry.grant;
             let rights = granted.entry((grant.holder.cgroup_id, grant.device.number)).or_insert(Access::NONE);
             *rights = rights.union(grant.access);

@@ -70,7 +70,7 @@ impl Executor {
         let change = &self.with_directories(change)?;
         let mut undo: Vec<Step> = Vec::new();
         let mut placement = Placement::Pending;
-        for step in change.steps(self.ledger.entries()) {
+        for step in change.steps(self.ledger.of_cgroup(change.grant().holder.cgroup_id)) {
             match self.execute(&step) {
                 Ok(Some(made)) => {
                     if let Step::MakeNode(grant) = &step
@@ -99,7 +99,8 @@ impl Executor {
     /// nodes of ours are these nodes' from now on: the last one takes them along.
     fn with_directories(&mut self, change: &Change) -> Result<Change> {
         let Change::Remove { entry, unplugged } = change else { return Ok(change.clone()) };
-        let entry = self.ledger.entries().iter().find(|its| its.grant.is_same(&entry.grant)).unwrap_or(entry).clone();
+        let entry =
+            self.ledger.of(&entry.grant.holder.id).find(|its| its.grant.is_same(&entry.grant)).unwrap_or(entry).clone();
         if let Placement::Ours(directories) = &entry.placement
             && !directories.is_empty()
         {
@@ -255,7 +256,7 @@ impl Executor {
     /// Takes every grant back. Goes on after failures and returns the first one.
     pub fn revoke_all(&mut self) -> Result<()> {
         let mut result = Ok(());
-        for entry in self.ledger.entries().to_vec() {
+        for entry in self.ledger.entries().cloned().collect::<Vec<_>>() {
             if let Err(error) = self.carry_out(&Change::Remove { entry, unplugged: false }) {
                 tracing::error!("{}", error.chain());
                 result = result.and(Err(error));
@@ -272,7 +273,7 @@ impl Executor {
 
     /// Leaves nothing in the kernel once the last grant is gone and no agent needs it.
     pub fn release_if_unused(&mut self) -> Result<()> {
-        let unused = self.ledger.entries().is_empty() && self.ledger.withdrawn().is_empty();
+        let unused = self.ledger.entries().next().is_none() && self.ledger.withdrawn().is_empty();
         // One that was killed may have left it.
         if unused && DeviceFilter::existing(&self.cgroups)?.is_some() { self.release_filter() } else { Ok(()) }
     }

@@ -39,7 +39,7 @@ impl Executor {
 
     fn has_entry_at(&self, grant: &Grant) -> bool {
         let is_at = |its: &Grant| its.holder.is_same_run(&grant.holder) && its.node.path == grant.node.path;
-        self.ledger.entries().iter().any(|entry| is_at(&entry.grant))
+        self.ledger.entries().any(|entry| is_at(&entry.grant))
     }
 
     /// Of containers whose page was lost: takes back the rights that nobody asks for, with nodes of these devices, links to
@@ -76,7 +76,7 @@ impl Executor {
                 "access {access} that no ledger tells of is taken back, with {nodes}"
             );
         }
-        let has_grants = self.ledger.entries().iter().any(|entry| entry.grant.holder.cgroup_id == holder.cgroup_id);
+        let has_grants = self.ledger.of_cgroup(holder.cgroup_id).next().is_some();
         if has_grants { Ok(()) } else { self.unmark(holder) }
     }
 

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::ops::Executor;
 use crate::ops::live::{hold, lookup};
 use crate::ops::persist::Persisted;
+use crate::ops::store::Store;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
 use crate::sys::process::{holders_of, is_gone};
@@ -43,7 +44,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         let grant = &entry.grant;
         grant.exclusive && grant.device.identity == device.identity && !grant.holder.is_same_run(&holder)
     };
-    if let Some(entry) = executor.ledger.entries().iter().find(alone) {
+    if let Some(entry) = executor.ledger.entries().find(alone) {
         let (holder, node) = (entry.grant.holder.label(), &device.node);
         let reason = format!("container {holder} has {node}, and only one may: it is free when that ends");
         return Err(Error::Refused { container: container.label().to_owned(), reason });
@@ -61,7 +62,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         at_start: false,
         exclusive: false,
     };
-    if let Some(entry) = at_path(executor.ledger.entries(), &grant.holder, &grant.node.path).cloned() {
+    if let Some(entry) = at_path(&executor.ledger, &grant.holder, &grant.node.path).cloned() {
         let is_settled = entry.is_settled();
         let is_by_rule = matches!(entry.grant.origin, Origin::Rule(_)) && lasting.is_some();
         if is_settled && entry.grant.is_same(&grant) && entry.grant.node == grant.node && !is_by_rule {
@@ -133,8 +134,8 @@ fn for_good(
     Ok((lasting, attachment.map_err(|reason| refuse(format!("--persist: {reason}")))?))
 }
 
-fn at_path<'a>(entries: &'a [Entry], holder: &Holder, path: &str) -> Option<&'a Entry> {
-    entries.iter().find(|entry| entry.grant.holder.is_same_run(holder) && entry.grant.node.path == path)
+fn at_path<'a>(ledger: &'a Store, holder: &Holder, path: &str) -> Option<&'a Entry> {
+    ledger.of(&holder.id).find(|entry| entry.grant.holder.is_same_run(holder) && entry.grant.node.path == path)
 }
 
 /// Takes devices back: the grant with that path inside, else every grant of that device. The note of each says who in
@@ -158,7 +159,7 @@ pub fn detach(
         let Holder { id, pid, start_time, .. } = &entry.grant.holder;
         container.as_ref().is_some_and(|its| (id, *pid, *start_time) == (&its.id, its.pid, its.start_time))
     };
-    let all: Vec<Entry> = executor.ledger.entries().iter().filter(of_container).cloned().collect();
+    let all: Vec<Entry> = executor.ledger.entries().filter(of_container).cloned().collect();
     let mut matching: Vec<Entry> = all.iter().filter(|entry| entry.grant.node.path == path).cloned().collect();
     if matching.is_empty() {
         // The device may be named by any link to it, and may be unplugged already.
@@ -244,8 +245,8 @@ fn not_in_force(attached: &Attached, device: &Attachment, containers: &[Containe
 
 /// What is in force, and what was attached for good, sorted by container and path. Entries of containers that ended
 /// meanwhile are noted as such.
-pub fn list(
-    entries: &[Entry],
+pub fn list<'a>(
+    entries: impl Iterator<Item = &'a Entry> + Clone,
     persisted: &Persisted,
     containers: &[Container],
     request: &List,
@@ -266,7 +267,7 @@ pub fn list(
     };
     let only = only.as_ref().map(|its| its.as_ref().map(|container| container.id.clone()).unwrap_or_default());
     let mut all: Vec<GrantInfo> = entries
-        .iter()
+        .clone()
         .filter(|entry| only.as_ref().is_none_or(|id| entry.grant.holder.id == *id))
         .map(|entry| {
             let mut info = GrantInfo::from(entry);
@@ -283,7 +284,7 @@ pub fn list(
         let is_there = |device: &&Attachment| {
             let has =
                 |entry: &Entry| attached.may_be_of(&entry.grant.holder) && entry.grant.node.path == device.node.path;
-            entries.iter().any(has)
+            entries.clone().any(has)
         };
         let missing = attached.devices.iter().filter(|device| !is_there(device));
         all.extend(missing.map(|device| not_in_force(attached, device, containers)));
@@ -297,7 +298,7 @@ pub fn list(
 pub fn prune(executor: &mut Executor) {
     let is_over =
         |entry: &&Entry| entry.is_interrupted() || is_gone(entry.grant.holder.pid, entry.grant.holder.start_time);
-    let entries: Vec<Entry> = executor.ledger.entries().iter().filter(is_over).cloned().collect();
+    let entries: Vec<Entry> = executor.ledger.entries().filter(is_over).cloned().collect();
     for entry in entries {
         if let Err(error) = executor.carry_out(&Change::Remove { entry, unplugged: false }) {
             tracing::warn!("{}", error.chain());

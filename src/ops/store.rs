@@ -1,11 +1,14 @@
 //! The ledger on disk: `ledger/ID.json`, one file a container, so that a change writes what it concerns and no more.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use serde::Serialize;
+use serde_json::value::RawValue;
 
 use crate::core::ledger::{Entry, Grant, Origin, Page, Placement, VERSION, Withdrawal};
 use crate::core::page;
@@ -16,10 +19,35 @@ use crate::ops::files::{self, Durable};
 /// The ledger, locked for this process.
 pub struct Store {
     directory: PathBuf,
-    entries: Vec<Entry>,
+    /// By the containers' ids.
+    pages: BTreeMap<String, Vec<Line>>,
+    /// The ids of those with entries, by their cgroups.
+    cgroups: BTreeMap<u64, BTreeSet<String>>,
     withdrawn: Vec<Withdrawal>,
     lost: Vec<String>,
     _lock: File,
+}
+
+/// An entry, and how it is written: of a long page only what changed is put into words again.
+struct Line {
+    entry: Entry,
+    text: Box<RawValue>,
+}
+
+impl Line {
+    fn new(entry: Entry) -> Line {
+        let text = serde_json::value::to_raw_value(&entry).expect("an entry is valid JSON");
+        Line { entry, text }
+    }
+}
+
+/// A [`Page`] that is being written.
+#[derive(Serialize)]
+struct Written<'a> {
+    version: u32,
+    entries: Vec<&'a RawValue>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    withdrawn: Vec<&'a Withdrawal>,
 }
 
 /// Extension of a page that cannot be read, until what it told of is found out, and from then on.
@@ -48,14 +76,15 @@ impl Store {
             Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
             Err(errno) => return Err(Error::host(format!("lock {}", path.display()))(errno)),
         }
-        let (mut entries, mut withdrawn) = (Vec::new(), Vec::new());
-        for page in take_over(&directory)? {
-            entries.extend(page.entries);
-            withdrawn.extend(page.withdrawn);
+        let (pages, cgroups, withdrawn) = Default::default();
+        let mut store = Store { directory, pages, cgroups, withdrawn, lost: Vec::new(), _lock: lock };
+        for page in take_over(&store.directory)? {
+            page.entries.into_iter().for_each(|entry| store.insert(entry));
+            store.withdrawn.extend(page.withdrawn);
         }
-        let lost = files::with_extension(&directory, LOST);
-        let lost = lost.iter().filter_map(|path| page::id_of(path.file_name()?.to_str()?)).collect();
-        Ok(Some(Store { directory, entries, withdrawn, lost, _lock: lock }))
+        let lost = files::with_extension(&store.directory, LOST);
+        store.lost = lost.iter().filter_map(|path| page::id_of(path.file_name()?.to_str()?)).collect();
+        Ok(Some(store))
     }
 
     /// Reads the ledger without the lock, for a look.
@@ -67,9 +96,49 @@ impl Store {
         Ok(pages?.into_iter().flat_map(|page| page.entries).collect())
     }
 
-    /// All entries.
-    pub fn entries(&self) -> &[Entry] {
-        &self.entries
+    /// All entries, those of a container one after the other.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> + Clone {
+        self.pages.values().flatten().map(|line| &line.entry)
+    }
+
+    /// The entries of the container with this id.
+    pub fn of(&self, id: &str) -> impl Iterator<Item = &Entry> {
+        self.pages.get(id).into_iter().flatten().map(|line| &line.entry)
+    }
+
+    /// The entries of this cgroup.
+    pub fn of_cgroup(&self, cgroup: u64) -> impl Iterator<Item = &Entry> + Clone {
+        let ids = self.cgroups.get(&cgroup).into_iter().flatten();
+        let lines = ids.filter_map(|id| self.pages.get(id)).flatten();
+        lines.map(|line| &line.entry).filter(move |entry| entry.grant.holder.cgroup_id == cgroup)
+    }
+
+    fn insert(&mut self, entry: Entry) {
+        let holder = &entry.grant.holder;
+        self.cgroups.entry(holder.cgroup_id).or_default().insert(holder.id.clone());
+        self.pages.entry(holder.id.clone()).or_default().push(Line::new(entry));
+    }
+
+    /// Changes an entry, if it is there.
+    fn change(&mut self, grant: &Grant, change: impl FnOnce(&mut Entry)) {
+        let mut lines = self.pages.get_mut(&grant.holder.id).into_iter().flatten();
+        if let Some(line) = lines.find(|line| line.entry.grant.is_same(grant)) {
+            change(&mut line.entry);
+            *line = Line::new(line.entry.clone());
+        }
+    }
+
+    /// Takes out the entries of a container that do not pass the test.
+    fn retain(&mut self, id: &str, test: impl Fn(&Entry) -> bool) {
+        let Some(lines) = self.pages.get_mut(id) else { return };
+        lines.retain(|line| test(&line.entry));
+        if lines.is_empty() {
+            self.pages.remove(id);
+            self.cgroups.retain(|_, ids| {
+                ids.remove(id);
+                !ids.is_empty()
+            });
+        }
     }
 
     /// All withdrawals.
@@ -91,25 +160,27 @@ impl Store {
 
     /// Adds an entry. It takes the place of one that is left over of the same grant.
     pub fn record(&mut self, entry: Entry) -> Result<()> {
-        let id = entry.grant.holder.id.clone();
-        self.entries.retain(|other| other.left_over.is_none() || !other.grant.is_same(&entry.grant));
-        self.entries.push(entry);
-        self.write(&id).inspect_err(|_| drop(self.entries.pop()))
+        let grant = entry.grant.clone();
+        let id = &grant.holder.id;
+        self.retain(id, |other| other.left_over.is_none() || !other.grant.is_same(&grant));
+        self.insert(entry);
+        let written = self.write(id);
+        if written.is_err() {
+            self.pages.get_mut(id).and_then(Vec::pop);
+            self.retain(id, |_| true);
+        }
+        written
     }
 
     /// Says whose node a recorded grant has.
     pub fn settle(&mut self, grant: &Grant, placement: Placement) -> Result<()> {
-        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.grant.is_same(grant)) {
-            entry.placement = placement;
-        }
+        self.change(grant, |entry| entry.placement = placement);
         self.write(&grant.holder.id)
     }
 
     /// Says why a grant in force is there from now on.
     pub fn set_origin(&mut self, grant: &Grant, origin: Origin) -> Result<()> {
-        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.grant.is_same(grant)) {
-            entry.grant.origin = origin;
-        }
+        self.change(grant, |entry| entry.grant.origin = origin);
         self.write(&grant.holder.id)
     }
 
@@ -119,18 +190,18 @@ impl Store {
         let is_below = |path: &str, directory: &str| path.strip_prefix(directory).is_some_and(|it| it.starts_with('/'));
         let mut has_changed = false;
         for directory in directories {
-            let other = self.entries.iter_mut().find_map(|entry| {
-                let its = &entry.grant;
-                let is_in = its.holder.is_same_run(&grant.holder) && is_below(&its.node.path, directory);
-                match &mut entry.placement {
-                    Placement::Ours(its_directories) if is_in && !entry.grant.is_same(grant) => Some(its_directories),
-                    _ => None,
-                }
-            });
-            if let Some(others) = other.filter(|others| !others.contains(directory)) {
+            let is_in = |its: &Grant| its.holder.is_same_run(&grant.holder) && is_below(&its.node.path, directory);
+            let is_other = |entry: &&Entry| is_in(&entry.grant) && !entry.grant.is_same(grant);
+            let directories_of = |entry: &Entry| match &entry.placement {
+                Placement::Ours(directories) => Some((entry.grant.clone(), directories.clone())),
+                _ => None,
+            };
+            let other = self.of(&grant.holder.id).filter(is_other).find_map(directories_of);
+            if let Some((other, mut its)) = other.filter(|(_, its)| !its.contains(directory)) {
                 // Outermost first.
-                others.push(directory.clone());
-                others.sort_by_key(String::len);
+                its.push(directory.clone());
+                its.sort_by_key(String::len);
+                self.change(&other, |entry| entry.placement = Placement::Ours(its));
                 has_changed = true;
             }
         }
@@ -139,23 +210,19 @@ impl Store {
 
     /// Notes that a grant is about to be taken back.
     pub fn leave(&mut self, grant: &Grant) -> Result<()> {
-        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.grant.is_same(grant)) {
-            *entry = entry.leaving();
-        }
+        self.change(grant, |entry| *entry = entry.leaving());
         self.write(&grant.holder.id)
     }
 
     /// Strikes an entry.
     pub fn forget(&mut self, grant: &Grant) -> Result<()> {
-        self.entries.retain(|entry| !entry.grant.is_same(grant));
+        self.retain(&grant.holder.id, |entry| !entry.grant.is_same(grant));
         self.write(&grant.holder.id)
     }
 
     /// Notes that something of a grant could not be taken back.
     pub fn mark_left_over(&mut self, grant: &Grant, reason: &str) {
-        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.grant.is_same(grant)) {
-            entry.left_over = Some(reason.to_owned());
-        }
+        self.change(grant, |entry| entry.left_over = Some(reason.to_owned()));
         if let Err(error) = self.write(&grant.holder.id) {
             tracing::error!(container = grant.holder.label(), "{}", error.chain());
         }
@@ -164,13 +231,13 @@ impl Store {
     /// Writes a container's page; an empty one is removed.
     fn write(&self, id: &str) -> Result<()> {
         let path = self.directory.join(page::file_name(id));
-        let entries: Vec<Entry> = self.entries.iter().filter(|entry| entry.grant.holder.id == id).cloned().collect();
-        let withdrawn: Vec<_> = self.withdrawn.iter().filter(|other| other.holder.id == id).cloned().collect();
+        let entries: Vec<&RawValue> = self.pages.get(id).into_iter().flatten().map(|line| &*line.text).collect();
+        let withdrawn: Vec<_> = self.withdrawn.iter().filter(|other| other.holder.id == id).collect();
         reached("ledger: before a page is written");
         let result = if entries.is_empty() && withdrawn.is_empty() {
             files::remove(&path).inspect(|()| reached("ledger: a page is removed"))
         } else {
-            let page = Page { version: VERSION, entries, withdrawn };
+            let page = Written { version: VERSION, entries, withdrawn };
             let text = serde_json::to_vec(&page).expect("a page is valid JSON");
             // On a tmpfs nothing outlives the machine: it need not wait for a disk.
             files::replace(&path, &text, Durable::No, || reached("ledger: before a page is renamed"))
@@ -266,8 +333,8 @@ mod tests {
         store.forget(&entries[1].grant).unwrap();
         drop(store);
         let store = Store::open(run.path()).unwrap().unwrap();
-        assert_eq!(store.entries().len(), 3);
-        assert!(store.entries().iter().any(|entry| entry.placement == Placement::Ours(vec!["/dev/d".into()])));
+        assert_eq!(store.entries().count(), 3);
+        assert!(store.entries().any(|entry| entry.placement == Placement::Ours(vec!["/dev/d".into()])));
         assert_eq!(Store::peek(run.path()).unwrap().len(), 3);
     }
 
@@ -280,7 +347,7 @@ mod tests {
         fs::write(ledger.join("c-new.json"), "{\"version\":99,\"entries\":[]}").unwrap();
         assert_eq!(Store::peek(run.path()).unwrap().len(), 1);
         assert!(ledger.join("c-cut.json").exists(), "a look changes nothing");
-        assert_eq!(Store::open(run.path()).unwrap().unwrap().entries().len(), 1);
+        assert_eq!(Store::open(run.path()).unwrap().unwrap().entries().count(), 1);
         assert!(!ledger.join("c-cut.json").exists() && !ledger.join("c-new.json").exists());
         // Until somebody has found out what they told of, also if that one was killed.
         let mut store = Store::open(run.path()).unwrap().unwrap();
