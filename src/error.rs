@@ -27,12 +27,12 @@ pub enum Error {
     /// No container answers to this name.
     #[error("no running container '{0}': `qm-hotplug ps` lists those that are found")]
     NoSuchContainer(String),
-    /// Several containers share the beginning of an id.
-    #[error("'{name}' is ambiguous, it is the beginning of {}: give more of the id, or a name", candidates.join(" and "))]
+    /// Several containers share a name, or the beginning of an id.
+    #[error("'{name}' is ambiguous: name one of {}", candidates.join(" and "))]
     AmbiguousContainer {
         /// As given.
         name: String,
-        /// The containers' ids and names.
+        /// What can be typed for each.
         candidates: Vec<String>,
     },
     /// The container ended while we were at work.

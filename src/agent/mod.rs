@@ -215,7 +215,7 @@ fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusal
     match what {
         What::Plugged(device) => reconcile::plugged(executor, registry, *device, at),
         What::Unplugged(event) => reconcile::unplugged(executor, registry, &event, at),
-        What::State(directory, id) => reconcile::container(executor, registry, directory, &id, at),
+        What::State(place, since) => reconcile::container(executor, registry, place, since, at),
         What::Cgroup(id) => reconcile::mark_again(executor, &id),
         What::Exited(token) => {
             if let Some(id) = registry.forget(token) {

@@ -14,7 +14,7 @@ use crate::core::rule::Rule;
 use crate::core::uevent::Uevent;
 use crate::core::withdrawal::{self, Presence};
 use crate::ops::Executor;
-use crate::runtime;
+use crate::runtime::places::{Patterns, Place};
 use crate::sys::process::is_gone;
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::{block, udev};
@@ -25,8 +25,8 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
         Ok(devices) => registry.devices = devices.into_iter().map(|d| (d.identity.devpath.clone(), d)).collect(),
         Err(error) => tracing::error!("cannot list the devices of this host: {error}"),
     }
-    for container in runtime::scan() {
-        registry.learn(&executor.cgroups, container);
+    for place in Patterns::of_host().places() {
+        drop(registry.look_at(&executor.cgroups, place, None));
     }
     let observed = executor.ledger.entries().to_vec();
     let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
@@ -103,14 +103,19 @@ pub(super) fn catch_up(executor: &mut Executor, registry: &mut Registry) {
     }
 }
 
-/// A container's state appeared or changed.
-pub(super) fn container(executor: &mut Executor, registry: &mut Registry, directory: usize, id: &str, since: Instant) {
-    let Some(container) = runtime::load(&runtime::STATE_DIRECTORIES[directory], id) else { return };
-    let is_new = registry.learn(&executor.cgroups, container);
+/// What is at a container's place appeared or changed, or was `starting` since then when it was last looked at.
+pub(super) fn container(
+    executor: &mut Executor,
+    registry: &mut Registry,
+    place: Place,
+    starting: Option<Instant>,
+    since: Instant,
+) {
+    let Some((id, is_new)) = registry.look_at(&executor.cgroups, place, starting) else { return };
     if !is_new && executor.ledger.entries().iter().any(|entry| entry.grant.holder.id == id) {
-        return mark_again(executor, id);
+        return mark_again(executor, &id);
     }
-    all_of(executor, registry, &BTreeSet::from([id.to_owned()]), "", since);
+    all_of(executor, registry, &BTreeSet::from([id]), "", since);
 }
 
 /// Compares all that the containers with these ids have or should have of the devices whose `DEVPATH` begins so.

@@ -2,6 +2,7 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::agent::monitors::Monitors;
@@ -20,6 +21,8 @@ use crate::core::selection::{Group, Selection};
 use crate::core::settings::Settings;
 use crate::error::Error;
 use crate::ops::live::{groups, hold, subject};
+use crate::runtime::places::Place;
+use crate::runtime::{self, Found};
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::host::Host;
 use crate::sys::process::Process;
@@ -139,6 +142,8 @@ pub(super) struct Registry {
     pub(super) waiting: RefCell<BTreeSet<String>>,
     /// What is to be looked at again after the events that are at hand.
     pub(super) later: Later,
+    /// Places of containers that are starting, which are looked at again, and since when they are.
+    pub(super) starting: BTreeMap<PathBuf, Instant>,
     pub(super) watched: Watched,
     /// Those who are told of changes.
     pub(super) monitors: Monitors,
@@ -160,6 +165,7 @@ impl Registry {
             said: Said::default(),
             waiting: RefCell::default(),
             later: Later::default(),
+            starting: BTreeMap::new(),
             watched,
             monitors: Monitors::new(),
         }
@@ -168,6 +174,34 @@ impl Registry {
     /// The categories of this host.
     pub(super) fn categories(&self) -> &Categories {
         &self.settings.categories
+    }
+
+    /// Takes in the container at that place: its id, and whether it has to be looked at. One that is starting, without a
+    /// sign when it has, is looked at again; `starting` says since when it is known to be.
+    pub(super) fn look_at(
+        &mut self,
+        cgroups: &CgroupRoot,
+        place: Place,
+        starting: Option<Instant>,
+    ) -> Option<(String, bool)> {
+        let found = runtime::load(&place);
+        if found != Found::Starting {
+            self.starting.remove(&place.path);
+        }
+        match found {
+            Found::Running(container) => Some((container.id.clone(), self.learn(cgroups, *container))),
+            Found::Starting => {
+                let known = self.starting.get(&place.path).copied();
+                // Whatever else is heard of it meanwhile, one series of looks is enough.
+                if known.is_none() || known == starting {
+                    let since = known.unwrap_or_else(Instant::now);
+                    self.starting.insert(place.path.clone(), since);
+                    self.watched.look_again(place, since);
+                }
+                None
+            }
+            Found::Nothing => None,
+        }
     }
 
     /// Takes in a container, or what is new about it. Returns whether what it asks for and may have has to be looked at:

@@ -7,16 +7,44 @@ use serde::{Deserialize, Serialize};
 
 use crate::core::device::Number;
 
-/// Who knows the container.
+/// Who runs the container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Runtime {
-    /// crun's state directory.
+    /// Podman, or whoever else calls crun with its own state directory.
     Crun,
-    /// runc's state directory.
+    /// Podman, or whoever else calls runc with its own state directory.
     Runc,
+    /// Docker.
+    Docker,
+    /// containerd without Docker: `ctr`, nerdctl, Kubernetes.
+    Containerd,
+    /// LXC.
+    Lxc,
+    /// Incus.
+    Incus,
+    /// systemd-nspawn.
+    Nspawn,
     /// Named by a process id on the command line.
     Pid,
+}
+
+/// What may stand before a name, `docker:NAME`.
+pub const ENGINES: [&str; 6] = ["podman", "docker", "containerd", "lxc", "incus", "nspawn"];
+
+impl Runtime {
+    /// What a person types before the name.
+    pub fn engine(self) -> &'static str {
+        match self {
+            Runtime::Crun | Runtime::Runc => "podman",
+            Runtime::Docker => "docker",
+            Runtime::Containerd => "containerd",
+            Runtime::Lxc => "lxc",
+            Runtime::Incus => "incus",
+            Runtime::Nspawn => "nspawn",
+            Runtime::Pid => "pid",
+        }
+    }
 }
 
 impl fmt::Display for Runtime {
@@ -24,15 +52,26 @@ impl fmt::Display for Runtime {
         f.write_str(match self {
             Runtime::Crun => "crun",
             Runtime::Runc => "runc",
-            Runtime::Pid => "pid",
+            other => other.engine(),
         })
+    }
+}
+
+/// Reads `ENGINE:NAME` or a bare name. Errors say what is wrong with it, in words.
+pub fn split_engine(text: &str) -> Result<(Option<&'static str>, &str), String> {
+    let Some((engine, name)) = text.split_once(':') else { return Ok((None, text)) };
+    match ENGINES.iter().find(|known| **known == engine) {
+        Some(_) if name.is_empty() => Err(format!("'{text}' has no name after '{engine}:'")),
+        Some(engine) => Ok((Some(engine), name)),
+        None => Err(format!("'{engine}:' is not known: use a bare name, or one after {}:", ENGINES.join(":, "))),
     }
 }
 
 /// A container that was running when its state was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Container {
-    /// The runtime's id, or `pid:N`.
+    /// Unique on the host: 64 hexadecimal digits where the engine gives such, else the engine and what is unique there,
+    /// `containerd:NAMESPACE/NAME`, `lxc:NAME`, `nspawn:NAME`, or `pid:N`.
     pub id: String,
     /// The name that a person gave it, where one is known.
     pub name: Option<String>,
@@ -50,11 +89,26 @@ pub struct Container {
     pub devices: Vec<(Number, String)>,
     /// The directory of its OCI bundle, where one is known.
     pub bundle: Option<String>,
+    /// The name of its image, where its engine's state tells.
+    pub image: Option<String>,
     /// The user who runs it.
     pub owner: u32,
 }
 
 impl Container {
+    /// Its id without the engine before it.
+    pub fn bare_id(&self) -> &str {
+        let rest = self.id.strip_prefix(self.runtime.engine()).and_then(|rest| rest.strip_prefix(':'));
+        rest.unwrap_or(&self.id)
+    }
+
+    /// What can be typed to mean this one and no other of them.
+    pub fn unmistakable(&self, among: &[Container]) -> String {
+        let name = self.name.as_deref().unwrap_or_else(|| self.bare_id());
+        let is_it = matches!(find(among, Some(self.runtime.engine()), name), Lookup::Found(one) if one.id == self.id);
+        if is_it { format!("{}:{name}", self.runtime.engine()) } else { self.id.clone() }
+    }
+
     /// What a person would call it: the name, else the first twelve digits of the id.
     pub fn label(&self) -> &str {
         self.name.as_deref().unwrap_or_else(|| short_id(&self.id))
@@ -81,8 +135,13 @@ pub fn short_id(id: &str) -> &str {
 pub enum Reference {
     /// `pid:N`: the container that this process is in.
     Pid(u32),
-    /// `podman:NAME`, or the bare name, id or unique beginning of an id.
-    Name(String),
+    /// A name, an id or the unique beginning of an id, of whichever engine or of the one before it, `docker:NAME`.
+    Name {
+        /// One of [`ENGINES`].
+        engine: Option<&'static str>,
+        /// What follows.
+        name: String,
+    },
 }
 
 impl Reference {
@@ -97,13 +156,8 @@ impl Reference {
                 _ => Err(format!("'{pid}' in '{text}' is no process id")),
             };
         }
-        match text.split_once(':') {
-            None => Ok(Reference::Name(text.to_owned())),
-            Some(("podman", name)) if !name.is_empty() => Ok(Reference::Name(name.to_owned())),
-            Some((kind, _)) => {
-                Err(format!("'{kind}:' in '{text}' is not known: use podman:NAME, pid:N or a bare name"))
-            }
-        }
+        let (engine, name) = split_engine(text).map_err(|reason| format!("{reason}, or pid:N"))?;
+        Ok(Reference::Name { engine, name: name.to_owned() })
     }
 }
 
@@ -118,13 +172,16 @@ pub enum Lookup<'a> {
     Ambiguous(Vec<&'a Container>),
 }
 
-/// Finds a container by whole id, by name, or by the beginning of its id, in this order.
-pub fn find<'a>(containers: &'a [Container], name: &str) -> Lookup<'a> {
-    let by = |test: &dyn Fn(&Container) -> bool| containers.iter().filter(|c| test(c)).collect::<Vec<_>>();
+/// Finds a container by whole id, by name, or by the beginning of its id, in this order; with an engine among its own.
+pub fn find<'a>(containers: &'a [Container], engine: Option<&str>, name: &str) -> Lookup<'a> {
+    let is_its = |c: &&Container| engine.is_none_or(|engine| c.runtime.engine() == engine);
+    let by =
+        |test: &dyn Fn(&Container) -> bool| containers.iter().filter(is_its).filter(|c| test(c)).collect::<Vec<_>>();
     for matches in [
-        by(&|c| c.id == name),
+        by(&|c| c.id == name || engine.is_some() && c.bare_id() == name),
         by(&|c| c.name.as_deref() == Some(name)),
-        by(&|c| !name.is_empty() && c.id.starts_with(name)),
+        // An id that begins with its engine is a name, too.
+        by(&|c| !name.is_empty() && c.id.starts_with(name) && !c.id.contains(':')),
     ] {
         match matches[..] {
             [] => {}
@@ -140,26 +197,35 @@ mod tests {
     use super::*;
 
     fn container(id: &str, name: Option<&str>) -> Container {
+        let runtime = ["docker", "containerd", "lxc"].into_iter().find(|engine| id.starts_with(engine));
         Container {
             id: id.into(),
             name: name.map(Into::into),
-            runtime: Runtime::Crun,
+            runtime: match runtime {
+                Some("docker") => Runtime::Docker,
+                Some("containerd") => Runtime::Containerd,
+                Some("lxc") => Runtime::Lxc,
+                _ => Runtime::Crun,
+            },
             pid: 1,
             start_time: 1,
             cgroup: None,
             annotations: BTreeMap::new(),
             devices: Vec::new(),
             bundle: None,
+            image: None,
             owner: 0,
         }
     }
 
     #[test]
     fn references() {
+        let name = |engine, name: &str| Ok(Reference::Name { engine, name: name.into() });
         assert_eq!(Reference::parse("pid:17"), Ok(Reference::Pid(17)));
-        assert_eq!(Reference::parse("podman:web"), Ok(Reference::Name("web".into())));
-        assert_eq!(Reference::parse("web"), Ok(Reference::Name("web".into())));
-        for bad in ["", "pid:", "pid:0", "pid:-1", "pid:x", "podman:", "lxc5:web"] {
+        assert_eq!(Reference::parse("podman:web"), name(Some("podman"), "web"));
+        assert_eq!(Reference::parse("containerd:k8s.io/web"), name(Some("containerd"), "k8s.io/web"));
+        assert_eq!(Reference::parse("web"), name(None, "web"));
+        for bad in ["", "pid:", "pid:0", "pid:-1", "pid:x", "podman:", "nspawn:", "lxc5:web", ":web"] {
             assert!(Reference::parse(bad).is_err(), "{bad}");
         }
     }
@@ -167,10 +233,34 @@ mod tests {
     #[test]
     fn a_whole_id_wins_over_a_name_and_a_name_over_a_prefix() {
         let all = [container("abc1", Some("x")), container("abc2", Some("abc")), container("abc", None)];
-        assert_eq!(find(&all, "abc"), Lookup::Found(&all[2]));
-        assert_eq!(find(&all[..2], "abc"), Lookup::Found(&all[1]));
-        assert_eq!(find(&all, "abc1"), Lookup::Found(&all[0]));
-        assert!(matches!(find(&all, "ab"), Lookup::Ambiguous(c) if c.len() == 3));
-        assert_eq!(find(&all, "zz"), Lookup::Missing);
+        assert_eq!(find(&all, None, "abc"), Lookup::Found(&all[2]));
+        assert_eq!(find(&all[..2], None, "abc"), Lookup::Found(&all[1]));
+        assert_eq!(find(&all, Some("podman"), "abc1"), Lookup::Found(&all[0]));
+        assert!(matches!(find(&all, None, "ab"), Lookup::Ambiguous(c) if c.len() == 3));
+        assert_eq!(find(&all, None, "zz"), Lookup::Missing);
+        assert_eq!(find(&all, Some("lxc"), "abc1"), Lookup::Missing);
+    }
+
+    #[test]
+    fn what_is_offered_for_an_ambiguous_name_finds_one_each() {
+        let all = [
+            container("dockerabc", Some("web")),
+            container("abc1", Some("web")),
+            container("abc2", None),
+            container("lxc:web", Some("web")),
+            container("lxc:/srv/lxc/web", Some("web")),
+            container("containerd:a/db", Some("db")),
+            container("containerd:b/db", Some("db")),
+        ];
+        assert!(matches!(find(&all, None, "web"), Lookup::Ambiguous(c) if c.len() == 4));
+        let offered: Vec<String> = all.iter().map(|one| one.unmistakable(&all)).collect();
+        let expected = ["docker:web", "podman:web", "podman:abc2", "lxc:web"];
+        assert_eq!(offered[..4], expected);
+        assert_eq!(offered[4..], ["lxc:/srv/lxc/web", "containerd:a/db", "containerd:b/db"]);
+        for (one, offered) in all.iter().zip(offered) {
+            let Ok(Reference::Name { engine, name }) = Reference::parse(&offered) else { panic!("{offered}") };
+            assert_eq!(find(&all, engine, &name), Lookup::Found(one), "{offered}");
+        }
+        assert_eq!(find(&all, None, "lx"), Lookup::Missing);
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::core::container::split_engine;
 use crate::core::facts::Facts;
 use crate::core::glob::Glob;
 use crate::core::selector::{Key, Selector, Term, Test};
@@ -25,6 +26,8 @@ impl fmt::Display for Place {
 /// A container, as policies and configured rules know it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Subject {
+    /// Who runs it, as [`Runtime::engine`](crate::core::container::Runtime::engine) names it.
+    pub engine: &'static str,
     /// Its name and its id, as far as they are known.
     pub names: Vec<String>,
     /// Whether it may have a name that is not among these.
@@ -37,13 +40,39 @@ pub struct Subject {
     pub cgroup: String,
 }
 
+/// A pattern for names, for those of one engine where one stands before it, `lxc:web-*`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamePattern {
+    engine: Option<&'static str>,
+    name: Glob,
+}
+
+impl NamePattern {
+    /// Reads it. The error says after how many characters it is wrong, and what in words.
+    pub fn parse(text: &str) -> Result<NamePattern, (usize, String)> {
+        let (engine, name) = split_engine(text).map_err(|reason| (0, reason))?;
+        let before = text.chars().count() - name.chars().count();
+        let name = Glob::parse(name).map_err(|(column, reason)| (before + column, reason.into()))?;
+        Ok(NamePattern { engine, name })
+    }
+
+    /// Whether it is for the container.
+    pub fn matches(&self, subject: &Subject) -> bool {
+        self.is_for_engine(subject) && subject.names.iter().any(|name| self.name.matches(name))
+    }
+
+    fn is_for_engine(&self, subject: &Subject) -> bool {
+        self.engine.is_none_or(|engine| engine == subject.engine)
+    }
+}
+
 /// Bounds for the containers that all its conditions fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
     /// Where it begins.
     pub place: Place,
     /// On a name.
-    pub container: Option<Glob>,
+    pub container: Option<NamePattern>,
     /// On the image.
     pub image: Option<Glob>,
     /// The owner.
@@ -75,7 +104,12 @@ impl Policy {
         let conditions = [
             fits(&self.cgroup, &subject.cgroups(), true),
             Some(self.owner.is_none_or(|owner| owner == subject.owner)),
-            fits(&self.container, &subject.names, !subject.is_nameless),
+            match &self.container {
+                Some(pattern) if pattern.matches(subject) => Some(true),
+                Some(pattern) if pattern.is_for_engine(subject) => (!subject.is_nameless).then_some(false),
+                Some(_) => Some(false),
+                None => Some(true),
+            },
             fits(&self.image, subject.image.as_slice(), subject.image.is_some()),
         ];
         match conditions.contains(&Some(false)) {

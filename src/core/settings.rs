@@ -8,7 +8,7 @@ use crate::core::category::Categories;
 use crate::core::config::{ConfigFile, ContainerConfig, PolicyConfig, Wrong, line_of};
 use crate::core::glob::Glob;
 use crate::core::grammar::{Author, SyntaxError, selection, selector};
-use crate::core::policy::{Place, Policies, Policy, Subject};
+use crate::core::policy::{NamePattern, Place, Policies, Policy, Subject};
 use crate::core::rule::Rule;
 use crate::core::selection::Selection;
 use crate::core::text::excerpt;
@@ -26,7 +26,7 @@ pub struct Settings {
 /// Rules for the containers of that name.
 #[derive(Debug, Clone)]
 struct ContainerTable {
-    name: Glob,
+    name: NamePattern,
     selections: Vec<Arc<Selection>>,
 }
 
@@ -100,8 +100,7 @@ impl Settings {
 
     /// What this container gets without asking.
     pub fn rules_for(&self, subject: &Subject) -> Vec<Rule> {
-        let is_for = |table: &&ContainerTable| subject.names.iter().any(|name| table.name.matches(name));
-        let tables = self.containers.iter().filter(is_for);
+        let tables = self.containers.iter().filter(|table| table.name.matches(subject));
         tables.flat_map(|table| table.selections.iter().cloned().map(Rule::Selection)).collect()
     }
 
@@ -126,7 +125,7 @@ fn policy(
     let allow = config.allow.as_ref().map(|all| all.iter().map(|string| Ok(read(string)?.0)).collect());
     Ok(Policy {
         place: place(start),
-        container: glob(&config.container)?,
+        container: config.container.as_ref().map(|string| name_pattern(string, text)).transpose()?,
         image: glob(&config.image)?,
         owner: config.owner,
         cgroup: glob(&config.cgroup)?,
@@ -136,18 +135,7 @@ fn policy(
 }
 
 fn container(config: &ContainerConfig, categories: &Categories, text: &str) -> Result<ContainerTable, Wrong> {
-    let matches = config.matches.get_ref();
-    let name = match matches.split_once(':') {
-        None => matches,
-        Some(("podman", name)) => name,
-        Some((kind, _)) => {
-            let reason = format!("'{kind}:' in match is not known: use podman:NAME or a bare name");
-            return Err(Wrong::of(&config.matches, reason));
-        }
-    };
-    let before = matches.chars().count() - name.chars().count();
-    let name = Glob::parse(name)
-        .map_err(|(column, reason)| Wrong::in_string(text, &config.matches, before + column + 1, reason))?;
+    let name = name_pattern(&config.matches, text)?;
     let read = |string: &Spanned<String>| {
         let name = excerpt(string.get_ref());
         selection(&name, string.get_ref(), categories, Author::Root).map(Arc::new).map_err(wrong_in(text, string))
@@ -157,6 +145,10 @@ fn container(config: &ContainerConfig, categories: &Categories, text: &str) -> R
 
 fn glob(string: &Spanned<String>, text: &str) -> Result<Glob, Wrong> {
     Glob::parse(string.get_ref()).map_err(|(column, reason)| Wrong::in_string(text, string, column + 1, reason))
+}
+
+fn name_pattern(string: &Spanned<String>, text: &str) -> Result<NamePattern, Wrong> {
+    NamePattern::parse(string.get_ref()).map_err(|(column, reason)| Wrong::in_string(text, string, column + 1, &reason))
 }
 
 fn wrong_in(text: &str, string: &Spanned<String>) -> impl FnOnce(SyntaxError) -> Wrong {

@@ -11,6 +11,7 @@ fn settings(files: &[&str]) -> (Settings, Vec<String>) {
 
 fn subject(name: &str) -> Subject {
     Subject {
+        engine: "podman",
         names: vec![name.to_owned(), "9414c2935ef0".into()],
         is_nameless: false,
         image: Some("docker.io/library/alpine:3".into()),
@@ -108,6 +109,32 @@ fn containers_get_rules_without_asking() {
 }
 
 #[test]
+fn names_of_one_engine_alone() {
+    let rules = |pattern: &str, engine: &'static str, name: &str| {
+        let (settings, problems) = settings(&[&format!("[[container]]\nmatch = '{pattern}'\ndevices = ['tty']")]);
+        assert_eq!(problems, [""; 0]);
+        settings.rules_for(&Subject { engine, ..subject(name) }).len()
+    };
+    for (pattern, engine, name, count) in [
+        ("lxc:web-*", "lxc", "web-1", 1),
+        ("lxc:web-*", "podman", "web-1", 0),
+        ("lxc:web-*", "lxc", "web", 0),
+        ("web-*", "nspawn", "web-1", 1),
+        ("containerd:k8s.io/*", "containerd", "k8s.io/web", 1),
+        ("docker:*", "docker", "web", 1),
+    ] {
+        assert_eq!(rules(pattern, engine, name), count, "{pattern} {engine} {name}");
+    }
+    let denied = |engine: &'static str, is_nameless: bool| {
+        let (settings, tree) = (settings(&["[[policy]]\ncontainer = 'docker:web'\ndeny = ['tty']"]).0, bench());
+        let subject = Subject { engine, is_nameless, ..subject(if is_nameless { "" } else { "web" }) };
+        settings.policies.bounds(&subject).refusal(&Facts::new(of_bench(&tree, "/dev/ttyUSB1"), &tree)).is_some()
+    };
+    assert!(denied("docker", false) && !denied("podman", false));
+    assert!(denied("docker", true) && !denied("podman", true), "a name that is not known may be this one");
+}
+
+#[test]
 fn a_category_of_any_file_can_be_named() {
     let (settings, problems) =
         settings(&["[[container]]\nmatch = 'x'\ndevices = ['robot']", "[category.robot]\nnodes = ['/dev/robot#']"]);
@@ -121,7 +148,7 @@ fn a_bad_file_is_passed_over_whole() {
             "enable = ['kvm']\n[[container]]\nmatch = 'x'\ndevices = ['tty', 'tape']",
             "4:20: in \"tape\": there is no category 'tape'",
         ),
-        ("[[container]]\nmatch = 'vm:x'\ndevices = []", "2:9: 'vm:' in match is not known"),
+        ("[[container]]\nmatch = 'vm:x'\ndevices = []", "2:10: in \"vm:x\": 'vm:' is not known"),
         ("[[container]]\nmatch = 'x['\ndevices = []", "2:11: in \"x[\": a '['"),
         ("[[container]]\nmatch = 'podman:ü['\ndevices = []", "2:18: in \"podman:ü[\": a '['"),
         ("[[container]]\ndevices = []", "1:1: missing field `match`"),

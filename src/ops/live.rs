@@ -15,16 +15,18 @@ use crate::sys::process::Process;
 
 /// Finds the container that `reference` names among those given.
 pub fn lookup(containers: &[Container], reference: &Reference) -> Result<Container> {
-    let name = match reference {
+    let (engine, name) = match reference {
         Reference::Pid(pid) => return of_process(containers, *pid),
-        Reference::Name(name) => name,
+        Reference::Name { engine, name } => (*engine, name),
     };
-    match find(containers, name) {
+    match find(containers, engine, name) {
         Lookup::Found(container) => Ok(container.clone()),
-        Lookup::Missing => Err(Error::NoSuchContainer(name.clone())),
+        Lookup::Missing => {
+            Err(Error::NoSuchContainer(engine.map_or(name.clone(), |engine| format!("{engine}:{name}"))))
+        }
         Lookup::Ambiguous(several) => Err(Error::AmbiguousContainer {
             name: name.clone(),
-            candidates: several.iter().map(|c| format!("{} ({})", c.id, c.label())).collect(),
+            candidates: several.iter().map(|container| container.unmistakable(containers)).collect(),
         }),
     }
 }
@@ -58,6 +60,7 @@ fn of_process(containers: &[Container], pid: u32) -> Result<Container> {
         annotations: Default::default(),
         devices: Default::default(),
         bundle: None,
+        image: None,
         owner: process.owner().map_err(looked)?,
     })
 }
@@ -82,10 +85,13 @@ pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<Holder> {
         ));
     }
     if process.has_own_user_namespace().map_err(look("user namespace"))? {
-        return Err(refuse(
-            "it has a user namespace, where device nodes cannot be opened: start it without --userns and as root"
-                .into(),
-        ));
+        let without = match container.runtime {
+            Runtime::Lxc => "take lxc.idmap out of its configuration",
+            Runtime::Incus => "set its security.privileged to true",
+            Runtime::Nspawn => "start it with --private-users=no",
+            _ => "start it without --userns and as root",
+        };
+        return Err(refuse(format!("it has a user namespace, where device nodes cannot be opened: {without}")));
     }
     let (unified, v1_devices) = process.cgroups().map_err(|_| Error::ContainerExited(label.clone()))?;
     if let Some(path) = v1_devices.filter(|path| path != "/") {
@@ -135,12 +141,14 @@ fn is_shared_with_host(cgroups: &CgroupRoot, path: &str) -> bool {
 /// The container as policies and configured rules know it. Its image is looked up where a policy asks for it.
 pub fn subject(container: &Container, holder: Option<&Holder>, wants_image: bool) -> Subject {
     let beside = || Some(container.bundle.as_ref()?.strip_suffix(&format!("/{}/userdata", container.id))?.to_owned());
-    let stored = || storage::look_up(&container.id, &[beside()?]);
+    let stored = || storage::look_up(&container.id, &[beside()?]).map(|stored| stored.image.unwrap_or_default());
+    let bare_id = Some(container.bare_id()).filter(|id| container.name.as_deref() != Some(id));
     Subject {
-        names: container.name.iter().chain([&container.id]).cloned().collect(),
+        engine: container.runtime.engine(),
+        names: container.name.as_deref().into_iter().chain(bare_id).map(str::to_owned).collect(),
         // Whoever names its containers by such ids gives them other names, too.
         is_nameless: container.name.is_none() && short_id(&container.id) != container.id,
-        image: wants_image.then(stored).flatten().map(|stored| stored.image.unwrap_or_default()),
+        image: wants_image.then(|| container.image.clone().or_else(stored)).flatten(),
         owner: container.owner,
         cgroup: holder.map(|holder| holder.cgroup.clone()).or_else(|| container.cgroup.clone()).unwrap_or_default(),
     }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::core::annotation::{Ignored, Obstacle, rule, whole};
 use crate::core::category::Categories;
-use crate::core::container::short_id;
+use crate::core::container::{Runtime, short_id};
 use crate::core::device::Number;
 use crate::core::policy::{Bounds, Subject};
 use crate::core::rule::Rule;
@@ -56,6 +56,8 @@ pub(super) fn subject(spec: &Value, wants_image: bool) -> Subject {
     let image = stored.as_ref().map(|stored| stored.image.clone().unwrap_or_default());
     let name = stored.and_then(|stored| stored.name);
     Subject {
+        // The engine that calls hooks.
+        engine: Runtime::Crun.engine(),
         is_nameless: name.is_none(),
         names: name.into_iter().chain(id).collect(),
         image: image.filter(|_| wants_image),

@@ -1,13 +1,11 @@
 //! crun: `STATE/ID/status` (libcrun/status.c), and the OCI specification in `STATE/ID/config.json`.
 
-use std::path::Path;
-
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::core::container::{Container, Runtime};
 use crate::core::spec::named_devices;
-use crate::runtime::{annotations, parse_json, read};
+use crate::runtime::{annotations, parse_json};
 
 /// The fields of `status` that we use.
 #[derive(Deserialize)]
@@ -33,11 +31,7 @@ pub fn parse(id: &str, status: &str, spec: &str) -> Result<Container, String> {
         annotations: annotations(&spec),
         devices: named_devices(spec.pointer("/linux/devices")),
         bundle: status.bundle,
+        image: None,
         owner: 0,
     })
-}
-
-/// Reads a container's directory in crun's state directory.
-pub fn load(directory: &Path, id: &str) -> Result<Container, String> {
-    parse(id, &read(&directory.join("status"))?, &read(&directory.join("config.json"))?)
 }

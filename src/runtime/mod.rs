@@ -3,70 +3,104 @@
 //! Each adapter is a pure `parse` of the state file and a thin loader; [`scan`] goes through all of them.
 
 pub mod conmon;
+pub mod containerd;
 pub mod crun;
+pub mod docker;
+pub mod lxc;
+pub mod nspawn;
+pub mod places;
 pub mod runc;
 pub mod storage;
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::core::container::{Container, Runtime};
+use crate::core::container::Container;
+use crate::runtime::places::{Adapter, Patterns, Place};
 use crate::sys::process::Process;
 
-/// A runtime's state directory: one directory a container, with a state file in it that is renamed into place.
-#[derive(Debug, Clone, Copy)]
-pub struct StateDirectory {
-    /// Whose state it is.
-    pub runtime: Runtime,
-    /// Where it is, for root.
-    pub path: &'static str,
-    /// Name of the state file in a container's directory.
-    pub file: &'static str,
+/// What is at a place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// A container that runs.
+    Running(Box<Container>),
+    /// A container whose own program has not started, of an engine that gives no sign when it does.
+    Starting,
+    /// No container, or none that runs.
+    Nothing,
 }
-
-/// The state directories that are looked at. They do not exist before the first container of that runtime.
-pub const STATE_DIRECTORIES: [StateDirectory; 2] = [
-    StateDirectory { runtime: Runtime::Crun, path: "/run/crun", file: "status" },
-    StateDirectory { runtime: Runtime::Runc, path: "/run/runc", file: "state.json" },
-];
 
 /// All running containers, in no particular order. State that cannot be read (a container that is just coming or
 /// going) is passed over with a debug line.
 pub fn scan() -> Vec<Container> {
-    STATE_DIRECTORIES
-        .iter()
-        .flat_map(|directory| ids(directory).into_iter().filter_map(|id| load(directory, &id)))
-        .collect()
-}
-
-/// The containers that have a directory there.
-pub fn ids(directory: &StateDirectory) -> Vec<String> {
-    std::fs::read_dir(directory.path)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .collect()
-}
-
-/// One running container; `None` if its state is not there yet, cannot be read, or its init has ended.
-pub fn load(directory: &StateDirectory, id: &str) -> Option<Container> {
-    let place = Path::new(directory.path).join(id);
-    let read = match directory.runtime {
-        Runtime::Crun => crun::load(&place, id),
-        Runtime::Runc => runc::load(&place),
-        Runtime::Pid => return None,
+    let running = |place: Place| match load(&place) {
+        Found::Running(container) => Some(*container),
+        Found::Starting | Found::Nothing => None,
     };
-    let mut container = read
-        .inspect_err(|reason| tracing::debug!(container = id, "state in {} passed over: {reason}", place.display()))
-        .ok()?;
-    let init = Process::open_same(container.pid, container.start_time)?;
-    container.name = conmon::name_of(init.parent, &container.id);
-    container.owner = std::fs::metadata(&place).ok()?.uid();
-    Some(container)
+    Patterns::of_host().places().into_iter().filter_map(running).collect()
+}
+
+/// What is at a place now.
+pub fn load(place: &Place) -> Found {
+    let read = match place.adapter {
+        Adapter::Podman | Adapter::Docker | Adapter::Containerd => load_oci(place),
+        Adapter::Lxc => lxc::load(&place.path),
+        Adapter::Nspawn => nspawn::load(&place.path),
+    };
+    let found = read.and_then(|found| match found {
+        Found::Running(container) if has_control_characters(&container) => {
+            Err(format!("its name {:?} has control characters", container.label()))
+        }
+        found => Ok(found),
+    });
+    found.unwrap_or_else(|reason| {
+        tracing::debug!("state in {} passed over: {reason}", place.path.display());
+        Found::Nothing
+    })
+}
+
+/// A directory of crun or runc, whoever called it.
+fn load_oci(place: &Place) -> Result<Found, String> {
+    let id = file_name(&place.path)?;
+    let state_file = place.path.join("state.json");
+    let (mut container, state) = if state_file.exists() {
+        let state = read(&state_file)?;
+        (runc::parse(&state)?, state)
+    } else {
+        let spec = read(&place.path.join("config.json"))?;
+        (crun::parse(id, &read(&place.path.join("status"))?, &spec)?, spec)
+    };
+    let Some(init) = Process::open_same(container.pid, container.start_time) else { return Ok(Found::Nothing) };
+    container.owner = std::fs::metadata(&place.path).map_err(|error| error.to_string())?.uid();
+    match place.adapter {
+        Adapter::Docker => docker::describe(&mut container, &state),
+        Adapter::Containerd => {
+            let namespace = place.path.parent().map(file_name).ok_or("it has no namespace")??;
+            if namespace == docker::NAMESPACE {
+                docker::describe(&mut container, &state);
+            } else {
+                containerd::describe(&mut container, namespace);
+            }
+        }
+        _ => container.name = conmon::name_of(init.parent, &container.id),
+    }
+    Ok(Found::Running(Box::new(container)))
+}
+
+/// No engine lets such names be; whoever made one up wants it to look like something else.
+fn has_control_characters(container: &Container) -> bool {
+    let texts = [Some(&container.id), container.name.as_ref()];
+    texts.into_iter().flatten().any(|text| text.chars().any(char::is_control))
+}
+
+fn file_name(path: &Path) -> Result<&str, String> {
+    path.file_name().and_then(|name| name.to_str()).ok_or_else(|| "its name is no text".to_owned())
 }
 
 /// The `annotations` object of an OCI specification. Values that are no strings are passed over.
@@ -79,8 +113,23 @@ fn parse_json<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
+/// How long a file may be: a specification with thousands of devices has one or two MiB.
+const LONGEST: u64 = 16 << 20;
+
+/// Reads a file, no link and nothing that makes the reader wait.
 fn read(path: &Path) -> Result<String, String> {
-    std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
+    let failed = |error: std::io::Error| format!("{}: {error}", path.display());
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(format!("{}: no regular file", path.display()));
+    }
+    let mut text = String::new();
+    file.take(LONGEST + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 > LONGEST {
+        return Err(format!("{}: longer than 16 MiB", path.display()));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]

@@ -1,14 +1,13 @@
 //! runc: `STATE/ID/state.json` (libcontainer/container_linux.go, `State`).
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::core::container::{Container, Runtime};
 use crate::core::spec::named_devices;
-use crate::runtime::{parse_json, read};
+use crate::runtime::parse_json;
 
 /// The fields of `state.json` that we use.
 #[derive(Deserialize)]
@@ -49,11 +48,7 @@ pub fn parse(state: &str) -> Result<Container, String> {
             .collect(),
         devices: named_devices(state.config.devices.as_ref()),
         bundle: labels.iter().rev().find_map(|label| label.strip_prefix("bundle=")).map(str::to_owned),
+        image: None,
         owner: 0,
     })
-}
-
-/// Reads a container's directory in runc's state directory.
-pub fn load(directory: &Path) -> Result<Container, String> {
-    parse(&read(&directory.join("state.json"))?)
 }

@@ -92,6 +92,17 @@ impl Process {
         Ok(["self", "1"].into_iter().filter_map(|pid| mount_namespace(pid).ok()).any(|ours| ours == its))
     }
 
+    /// Whether it runs the same program file as the process with that number, as it does between fork(2) and execve(2).
+    pub fn runs_the_program_of(&self, pid: u32) -> bool {
+        // Without synchronisation: the file may be in a file system of the container's making.
+        let program = |pid: u32| {
+            let path = format!("/proc/{pid}/exe");
+            let stat = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::BASIC_STATS).ok()?;
+            Some((stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino))
+        };
+        program(self.pid).is_some_and(|its| program(pid) == Some(its))
+    }
+
     /// The user whom it belongs to.
     pub fn owner(&self) -> std::io::Result<u32> {
         Ok(rustix::fs::stat(format!("/proc/{}", self.pid))?.st_uid)
