@@ -9,6 +9,7 @@ mod agent_socket;
 mod attach;
 mod containers;
 mod detach;
+mod engines;
 mod hook;
 mod host_dev;
 mod hotplug;
@@ -62,6 +63,7 @@ fn main() {
         verify::CASES,
         selectors::CASES,
         policy::CASES,
+        engines::CASES,
     ];
     let each = |(name, case): &Case| {
         let case = *case;
@@ -78,6 +80,7 @@ fn main() {
         policy::ONCE,
         storm::ONCE,
         containers::ONCE,
+        engines::ONCE,
     ]
     .into_iter()
     .flatten()
