@@ -5,12 +5,15 @@
 
 lab_dir=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
-# Every package that a lab test may count on, without recommended ones.
+# lab_packages RELEASE: every package that a lab test may count on, without recommended ones.
 lab_packages() {
     printf '%s\n' \
         systemd systemd-sysv udev dbus kmod linux-image-amd64 \
         podman crun runc conmon netavark uidmap \
+        docker.io containerd lxc systemd-container \
         busybox-static bpftool iproute2 ca-certificates
+    # In bookworm the client is a part of docker.io.
+    [[ $1 == bookworm ]] || echo docker-cli
 }
 
 # What the initrd loads before the root file system can be mounted.
@@ -99,7 +102,7 @@ bootstrap() {
         "${options[@]}" \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' \
-        --include="$(lab_packages | paste -sd,)" \
+        --include="$(lab_packages "$release" | paste -sd,)" \
         "$release" "$root" -
 }
 
@@ -128,6 +131,8 @@ customize() {
         getty@tty1.service podman-auto-update.timer podman-auto-update.service podman-restart.service podman.socket; do
         ln -sf /dev/null "$root/etc/systemd/system/$unit"
     done
+    # The case that needs them starts them: they would double the time of every boot.
+    chroot "$root" systemctl --quiet disable docker.service docker.socket containerd.service lxc.service lxc-net.service
     local wants=$root/etc/systemd/system/multi-user.target.wants
     mkdir -p "$wants"
     ln -s ../qmh-lab-agent.service ../qmh-lab-binary.service "$wants/"

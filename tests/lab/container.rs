@@ -6,7 +6,7 @@ use crate::vm::{SECONDS_10, Vm};
 /// The runtimes that both Debian releases have under Podman.
 pub(crate) const RUNTIMES: [&str; 2] = ["crun", "runc"];
 
-/// A running Podman container with busybox; removed on drop.
+/// A running container with busybox, Podman's if nothing else is said; removed on drop.
 #[derive(Debug)]
 pub(crate) struct Container<'vm> {
     vm: &'vm Vm,
@@ -16,6 +16,8 @@ pub(crate) struct Container<'vm> {
     pub(crate) id: String,
     /// Its first process, in the guest's numbers; another one after a restart.
     pub(crate) pid: u32,
+    /// A script that removes it.
+    remove: String,
 }
 
 impl<'vm> Container<'vm> {
@@ -35,7 +37,9 @@ impl<'vm> Container<'vm> {
     #[track_caller]
     pub(crate) fn run_all(vm: &'vm Vm, wanted: &[(&str, &str, &str)]) -> Vec<Self> {
         // Made first, so that those that did start are removed when another one does not.
-        let not_yet = |name: &str| Self { vm, name: name.to_owned(), id: String::new(), pid: 0 };
+        // --ignore: one of several may not have started.
+        let remove = |name: &str| format!("podman rm --force --ignore --time 0 {name} && rm -rf /var/tmp/{name}");
+        let not_yet = |name: &str| Self::of_other_engine(vm, name, remove(name));
         let mut containers: Vec<Self> = wanted.iter().map(|(_, name, _)| not_yet(name)).collect();
         let mut script = String::from("pids=()\n");
         for (runtime, name, arguments) in wanted {
@@ -48,6 +52,11 @@ impl<'vm> Container<'vm> {
         vm.ok(&format!("{script}for pid in ${{pids[@]}}; do wait $pid || exit; done"));
         Self::look_up(vm, &mut containers);
         containers
+    }
+
+    /// A container that somebody else starts, and a script that removes it. Its `pid` has to be set before it is used.
+    pub(crate) fn of_other_engine(vm: &'vm Vm, name: &str, remove: String) -> Self {
+        Self { vm, name: name.to_owned(), id: String::new(), pid: 0, remove }
     }
 
     /// Starts containers anew; their first processes are others then.
@@ -179,9 +188,7 @@ impl<'vm> Container<'vm> {
 
 impl Drop for Container<'_> {
     fn drop(&mut self) {
-        // --ignore: one of several may not have started.
-        let remove = format!("podman rm --force --ignore --time 0 {0} && rm -rf /var/tmp/{0}", self.name);
-        let output = self.vm.sh(&remove);
+        let output = self.vm.sh(&self.remove);
         if !output.success() {
             eprintln!("could not remove {}: {}", self.name, output.stderr);
         }

@@ -19,6 +19,7 @@ mod operation;
 mod plug;
 mod qmp;
 mod rootless;
+mod runtimes;
 mod seat;
 mod select;
 mod select_ask;
@@ -60,6 +61,7 @@ fn cases() -> impl Iterator<Item = Case> {
         select_options::CASES,
         select_ask::CASES,
         rootless::CASES,
+        runtimes::CASES,
     ]
     .concat()
     .into_iter()
