@@ -147,6 +147,10 @@ fn glob(string: &Spanned<String>, text: &str) -> Result<Glob, Wrong> {
     Glob::parse(string.get_ref()).map_err(|(column, reason)| Wrong::in_string(text, string, column + 1, reason))
 }
 
+fn name_pattern(string: &Spanned<String>, text: &str) -> Result<NamePattern, Wrong> {
+    NamePattern::parse(string.get_ref()).map_err(|(column, reason)| Wrong::in_string(text, string, column + 1, &reason))
+}
+
 fn wrong_in(text: &str, string: &Spanned<String>) -> impl FnOnce(SyntaxError) -> Wrong {
     |error| Wrong::in_string(text, string, error.column, &error.reason)
 }
