@@ -27,7 +27,7 @@ fn annotation(key: &str, value: &str, categories: &Categories) {
 fn pattern(text: &str, path: &str) {
     let pattern = match Pattern::parse(text) {
         Ok(pattern) => pattern,
-        Err(wrong) => return assert_one_line(&wrong.at_place("/etc/0.toml", text)),
+        Err(reason) => return assert_one_line(&reason),
     };
     assert_eq!(pattern.to_string(), text);
     let filled = text.replace("/**", "/*").replace('#', "10").replace('*', path);
