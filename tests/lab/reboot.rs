@@ -3,8 +3,8 @@
 use crate::Case;
 use crate::agent::{Agent, grants_of, programs};
 use crate::container::Container;
-use crate::plug::plug_stick;
-use crate::vm::{SECONDS_10, Vm};
+use crate::plug::{FIRST_PLUG, plug_stick};
+use crate::vm::Vm;
 
 pub(crate) const CASES: &[Case] = &[("reboot::what_was_attached_for_good_is_there_again", attached_for_good)];
 
@@ -21,7 +21,7 @@ fn attached_for_good(vm: &Vm) {
     vm.cut_power();
 
     vm.ok("test ! -e /run/qm-hotplug/ledger");
-    vm.wait_ok("the stick", SECONDS_10, &format!("test -e {link}"));
+    vm.wait_ok("the stick", FIRST_PLUG, &format!("test -e {link}"));
     vm.ok("podman start kept-crun plain-runc");
     containers.iter_mut().for_each(Container::look_again);
     let _after = Agent::start(vm);
