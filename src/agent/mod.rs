@@ -113,6 +113,8 @@ async fn serve(mut executor: Executor) -> Result<()> {
             _ = interrupt.recv() => break,
             () = service.tick() => {
                 service.live(&mut registry.watched);
+                // Somebody may have changed the maps: whoever holds CAP_BPF can.
+                executor.agree_with_ledger();
                 after = behind_ours(&executor);
             }
             _ = hang_up.recv() => {

@@ -155,10 +155,6 @@ fn wrong_in(text: &str, string: &Spanned<String>) -> impl FnOnce(SyntaxError) ->
     |error| Wrong::in_string(text, string, error.column, &error.reason)
 }
 
-fn name_pattern(string: &Spanned<String>, text: &str) -> Result<NamePattern, Wrong> {
-    NamePattern::parse(string.get_ref()).map_err(|(column, reason)| Wrong::in_string(text, string, column + 1, &reason))
-}
-
 #[cfg(test)]
 #[path = "settings_tests.rs"]
 mod tests;

@@ -1,4 +1,4 @@
-//! The kernel against the ledger: at the agent's start, and whenever everything is compared.
+//! The kernel against the ledger: at the agent's start, whenever everything is compared, and with each sign of life.
 
 use std::collections::BTreeMap;
 

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::failpoint::reached;
 use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
-use crate::sys::cgroup::CgroupRoot;
+use crate::sys::cgroup::{Cgroup, CgroupRoot};
 use crate::sys::device_filter::DeviceFilter;
 use crate::sys::host::{Host, require_fitness};
 use crate::sys::namespace::inside;
@@ -155,10 +155,7 @@ impl Executor {
     /// A filter that cannot be copied (it uses maps) keeps the mark out: then the grant holds for tasks in the cgroup
     /// itself, not below, and that is logged.
     pub fn mark(&mut self, holder: &Holder) -> Result<()> {
-        let cgroup = match self.cgroups.open(&holder.cgroup) {
-            Ok(cgroup) if cgroup.id == holder.cgroup_id => cgroup,
-            _ => return Err(Error::ContainerExited(holder.label().to_owned())),
-        };
+        let cgroup = self.cgroup_of(holder)?;
         if let Err(error) = self.filter()?.mark(&cgroup) {
             tracing::warn!(
                 container = holder.label(),
@@ -170,17 +167,33 @@ impl Executor {
     }
 
     fn unmark(&mut self, holder: &Holder) -> Result<()> {
-        match self.cgroups.open(&holder.cgroup) {
-            Ok(cgroup) if cgroup.id == holder.cgroup_id => self
+        match self.cgroup_of(holder) {
+            Ok(cgroup) => self
                 .filter()?
                 .unmark(&cgroup)
                 .map_err(in_container(holder.label(), format!("remove the mark from cgroup {}", holder.cgroup))),
             // The cgroup is gone and its programs with it.
-            _ => Ok(()),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn cgroup_of(&self, holder: &Holder) -> Result<Cgroup> {
+        match self.cgroups.open(&holder.cgroup) {
+            Ok(cgroup) if cgroup.id == holder.cgroup_id => Ok(cgroup),
+            _ if process::is_gone(holder.pid, holder.start_time) => {
+                Err(Error::ContainerExited(holder.label().to_owned()))
+            }
+            _ => Err(Error::Refused {
+                container: holder.label().to_owned(),
+                reason: format!("its cgroup {} is gone, so it has no rights of its own: start it anew", holder.cgroup),
+            }),
         }
     }
 
     fn allow(&mut self, holder: &Holder, number: Number, access: Access) -> Result<()> {
+        if !access.is_none() {
+            self.cgroup_of(holder)?;
+        }
         let mut result = self.filter()?.set(holder.cgroup_id, number, access);
         if let Err(error) = &result
             && error.kind() == std::io::ErrorKind::ArgumentListTooLong

@@ -4,6 +4,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
+use qm_hotplug::core::device::{Kind, Number};
+use qm_hotplug::sys::bpf::Map;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::CaseOnce;
@@ -19,6 +21,7 @@ pub(crate) const ONCE: &[CaseOnce] = &[
     ("containers::a_dev_that_is_full_read_only_or_covered", a_dev_that_is_full_read_only_or_covered),
     ("containers::a_hundred_thousand_files_in_dev", a_hundred_thousand_files_in_dev),
     ("containers::what_stands_in_the_place_of_a_node", what_stands_in_the_place_of_a_node),
+    ("containers::what_a_container_writes_into_the_map_is_found_out", what_a_container_writes_into_the_map),
 ];
 
 const TTYS: (&str, &str) = ("org.containers.qm.device.ttys", "true");
@@ -177,4 +180,23 @@ fn what_stands_in_the_place_of_a_node() {
     }
     wait_for("their nodes", || [0, 5, 6, 7].iter().all(|n| member.device_at(&format!("/dev/tty{n}")).is_some()));
     assert_eq!(std::fs::read_link(member.path("/dev/tty4")).unwrap(), Path::new("/etc/passwd"));
+}
+
+/// A container with all capabilities can write into any map of the kernel's. Between two signs of life it is found out.
+fn what_a_container_writes_into_the_map() {
+    let agent = Agent::start_with(&[("WATCHDOG_USEC", "1000000")]);
+    let member = Member::start("qmh-mighty", &[TTYS], |_| {});
+    wait_for("its nodes", || grants().len() == 8);
+    let before = entries();
+    let (cgroup, memory) = (before[0].cgroup, Number { kind: Kind::Char, major: 1, minor: 1 });
+    member.within(|| {
+        let grants = (1..).filter_map(|id| Map::by_id(id).ok()).find(|(_, name)| name.starts_with("qmhp_grants"));
+        let kind = memory.kind.bpf_code();
+        let numbers = [kind, memory.major, memory.minor, 0].map(u32::to_ne_bytes).concat();
+        let key = [&cgroup.to_ne_bytes()[..], &numbers].concat();
+        let (map, _) = grants.expect("there is one");
+        map.insert(&key, &7u32.to_ne_bytes()).map_err(|_| nix::errno::Errno::EPERM)
+    });
+    wait_for("a line in the log", || agent.log().contains("had access rwm to c 1:1 that nobody granted"));
+    wait_for("its end", || entries() == before);
 }
