@@ -141,7 +141,13 @@ impl Executor {
             Step::Forget(entry) => self.ledger.forget(&entry.grant)?,
             Step::Mark(holder) => self.mark(holder)?,
             Step::Unmark(holder) => self.unmark(holder)?,
-            Step::Allow { holder, number, after, .. } => self.allow(holder, *number, *after)?,
+            Step::Allow { holder, number, before, after } => {
+                // More than before is for those only whose cgroup is still there.
+                if before.union(*after) != *before {
+                    self.cgroup_of(holder)?;
+                }
+                self.allow(holder, *number, *after)?;
+            }
             Step::MakeNode(grant) => return self.make_node(grant).map(Some),
             Step::RemoveNode { grant, directories } => {
                 self.remove_node(&grant.holder, grant.device.number, &grant.node, directories)?
@@ -191,9 +197,6 @@ impl Executor {
     }
 
     fn allow(&mut self, holder: &Holder, number: Number, access: Access) -> Result<()> {
-        if !access.is_none() {
-            self.cgroup_of(holder)?;
-        }
         let mut result = self.filter()?.set(holder.cgroup_id, number, access);
         if let Err(error) = &result
             && error.kind() == std::io::ErrorKind::ArgumentListTooLong

@@ -13,6 +13,7 @@ mod enable;
 mod everything;
 mod gadget;
 mod hook;
+mod hub;
 mod install;
 mod nested;
 mod operation;
@@ -63,6 +64,7 @@ fn cases() -> impl Iterator<Item = Case> {
         select_ask::CASES,
         rootless::CASES,
         runtimes::CASES,
+        hub::CASES,
         // The last one: what others leave in /run is gone then.
         reboot::CASES,
     ]
