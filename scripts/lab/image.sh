@@ -12,8 +12,8 @@ lab_packages() {
         podman crun runc conmon netavark uidmap \
         docker.io containerd lxc systemd-container \
         busybox-static bpftool iproute2 ca-certificates
-    # In bookworm the client is a part of docker.io.
-    [[ $1 == bookworm ]] || echo docker-cli
+    # In bookworm the client is a part of docker.io, and there is a CRIU that Podman's runc can call.
+    if [[ $1 == bookworm ]]; then echo criu; else echo docker-cli; fi
 }
 
 # What the initrd loads before the root file system can be mounted.

@@ -13,6 +13,7 @@ use crate::core::plan::{Change, changes};
 use crate::core::rule::Rule;
 use crate::core::uevent::Uevent;
 use crate::core::withdrawal::{self, Presence};
+use crate::error::Error;
 use crate::ops::Executor;
 use crate::runtime::places::{Patterns, Place};
 use crate::sys::process::is_gone;
@@ -372,6 +373,8 @@ fn carry_out(
                 let whose = if placement == Placement::Host { ", the host's own node" } else { "" };
                 tracing::info!(container, device, micros, "{what} {}{whose}", grant.node.path);
             }
+            // Its end is on its way.
+            Err(Error::ContainerExited(_)) => tracing::debug!(container, device, "{} not {what}", grant.node.path),
             Err(error) => tracing::error!(container, device, "{} not {what}: {}", grant.node.path, error.chain()),
         }
     }

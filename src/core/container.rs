@@ -156,7 +156,7 @@ impl Reference {
                 _ => Err(format!("'{pid}' in '{text}' is no process id")),
             };
         }
-        let (engine, name) = split_engine(text).map_err(|reason| format!("{reason}, or pid:N"))?;
+        let (engine, name) = split_engine(text).map_err(|reason| format!("in '{text}', {reason}, or pid:N"))?;
         Ok(Reference::Name { engine, name: name.to_owned() })
     }
 }

@@ -26,9 +26,15 @@ pub fn lookup(containers: &[Container], reference: &Reference) -> Result<Contain
         }
         Lookup::Ambiguous(several) => Err(Error::AmbiguousContainer {
             name: name.clone(),
-            candidates: several.iter().map(|container| container.unmistakable(containers)).collect(),
+            candidates: several.iter().map(|container| candidate(container, containers)).collect(),
         }),
     }
+}
+
+/// What can be typed for it, and the id that was perhaps begun.
+fn candidate(container: &Container, all: &[Container]) -> String {
+    let typed = container.unmistakable(all);
+    if typed.ends_with(&container.id) { typed } else { format!("{typed} ({})", container.id) }
 }
 
 /// `pid:N`: the known container that the process is in, else the process itself.

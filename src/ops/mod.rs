@@ -173,13 +173,13 @@ impl Executor {
     }
 
     fn unmark(&mut self, holder: &Holder) -> Result<()> {
-        match self.cgroup_of(holder) {
-            Ok(cgroup) => self
-                .filter()?
-                .unmark(&cgroup)
-                .map_err(in_container(holder.label(), format!("remove the mark from cgroup {}", holder.cgroup))),
-            // The cgroup is gone and its programs with it.
-            Err(_) => Ok(()),
+        // Where the cgroup is gone, or goes meanwhile, its programs go with it.
+        let Ok(cgroup) = self.cgroup_of(holder) else { return Ok(()) };
+        match self.filter()?.unmark(&cgroup) {
+            Err(_) if self.cgroup_of(holder).is_err() => Ok(()),
+            result => {
+                result.map_err(in_container(holder.label(), format!("remove the mark from cgroup {}", holder.cgroup)))
+            }
         }
     }
 
@@ -246,11 +246,11 @@ impl Executor {
 
     fn remove_node(&self, holder: &Holder, number: Number, node: &Node, directories: &[String]) -> Result<()> {
         // A container that ended took its nodes along.
-        if process::is_gone(holder.pid, holder.start_time) {
-            return Ok(());
-        }
-        let process = Process::open_same(holder.pid, holder.start_time)
-            .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+        let process = match Process::open_same(holder.pid, holder.start_time) {
+            Some(process) => process,
+            None if process::is_gone(holder.pid, holder.start_time) => return Ok(()),
+            None => return Err(Error::ContainerExited(holder.label().to_owned())),
+        };
         let (its_node, its_directories) = (node.clone(), directories.to_vec());
         let removed = match inside(holder.label(), &process, self.host, move |inside| {
             node::remove(inside, number, &its_node, &its_directories)

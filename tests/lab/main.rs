@@ -7,6 +7,7 @@
 
 mod agent;
 mod channel;
+mod checkpoint;
 mod container;
 mod demo;
 mod enable;
@@ -48,6 +49,7 @@ fn cases() -> impl Iterator<Item = Case> {
     if std::env::var_os(soak::SECONDS).is_some() {
         return soak::CASES.to_vec().into_iter();
     }
+    let has_criu = std::env::var("QMH_LAB_RELEASE").as_deref() == Ok("bookworm");
     [
         smoke::CASES,
         plug::CASES,
@@ -65,6 +67,7 @@ fn cases() -> impl Iterator<Item = Case> {
         rootless::CASES,
         runtimes::CASES,
         hub::CASES,
+        if has_criu { checkpoint::CASES } else { &[] },
         // The last one: what others leave in /run is gone then.
         reboot::CASES,
     ]

@@ -134,7 +134,13 @@ impl Plugged {
 
 impl Drop for Plugged {
     fn drop(&mut self) {
+        // Somebody may have it open for a moment still.
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(1);
         self.try_unplug();
+        while self.is_there() && std::time::Instant::now() < until {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            self.try_unplug();
+        }
     }
 }
 

@@ -76,7 +76,8 @@ pub(crate) fn entries_of(cgroup: &str) -> Vec<Entry> {
 /// The ledger's files.
 pub(crate) fn ledger() -> BTreeMap<String, String> {
     let files = fs::read_dir("/run/qm-hotplug/ledger").into_iter().flatten().flatten();
-    files.map(|file| (file.path().display().to_string(), fs::read_to_string(file.path()).unwrap())).collect()
+    // One may go while we look.
+    files.filter_map(|file| Some((file.path().display().to_string(), fs::read_to_string(file.path()).ok()?))).collect()
 }
 
 fn list(path: &Path, files: &mut BTreeMap<String, String>) {
