@@ -243,7 +243,8 @@ fn ten_thousand_failures_are_a_few_lines() {
     let log = std::fs::read_to_string(crate::support::agent_log()).unwrap();
     let lines: Vec<&str> = log[since..].lines().filter(|line| line.contains("qmh-flood")).collect();
     let (repeated, first): (Vec<&str>, Vec<&str>) = lines.iter().partition(|line| line.contains("repeated"));
-    assert_eq!((first.len(), repeated.len()), (8, 8), "{lines:#?}");
+    // Once at the end, and once in each minute that this took.
+    assert!(first.len() == 8 && (8..=24).contains(&repeated.len()), "{lines:#?}");
     assert!(first.iter().all(|line| line.contains("mounted read-only")), "{first:#?}");
     let count = |line: &&str| line.split("repeated=").nth(1)?.split_whitespace().next()?.parse::<u32>().ok();
     // Of a device, the last event at hand counts: there are fewer failures than events.
