@@ -171,11 +171,11 @@ fn a_dev_that_answers_slowly() {
     for _ in 0..20 {
         assert_ne!(attach(&container).code, 0);
     }
-    assert!(started.elapsed() < Duration::from_secs(9), "the agent was held up for {:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(18), "the agent was held up for {:?}", started.elapsed());
     attach(&container).fails(6, "answers too slowly, and others wait meanwhile");
     let started = Instant::now();
     attach(&other).ok();
-    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
     assert_eq!(crate::support::grants().len(), 1);
     qm(&["detach", &other.name(), "/dev/x"]).ok();
 }
