@@ -98,16 +98,18 @@ async fn serve(mut executor: Executor) -> Result<()> {
         "ready: {} containers, {} devices, {} grants, events from {}",
         registry.containers.len(),
         registry.devices.len(),
-        executor.ledger.entries().count(),
+        executor.ledger.count(),
         events_from()
     );
     let mut service = Service::new();
     let mut after = behind_ours(&executor);
     service.ready(status(&executor, &registry, &after));
+    let mut is_callers_turn = false;
     loop {
+        let was_callers_turn = std::mem::take(&mut is_callers_turn);
         tokio::select! {
             // In this order: what has happened is worked through before the next request is answered, and neither
-            // keeps systemd waiting.
+            // keeps systemd waiting. Nor does one of them keep the other waiting for ever.
             biased;
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -115,6 +117,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
                 service.live(&mut registry.watched);
                 // Somebody may have changed the maps: whoever holds CAP_BPF can.
                 executor.agree_with_ledger();
+                refusals.renew(&mut executor, &registry);
                 after = behind_ours(&executor);
             }
             _ = hang_up.recv() => {
@@ -124,7 +127,8 @@ async fn serve(mut executor: Executor) -> Result<()> {
                 after = behind_ours(&executor);
                 service.ready(status(&executor, &registry, &after));
             }
-            first = news.recv() => {
+            first = news.recv(), if !was_callers_turn => {
+                is_callers_turn = true;
                 let Some(first) = first else {
                     let ended = std::io::Error::other("the thread that waits for them ended");
                     return Err(Error::host("hear of events")(ended));
@@ -154,6 +158,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
                 callers.spawn_local(api::serve(stream, caller.clone(), registry.monitors.clone()));
             }
             Some(_) = callers.join_next() => {}
+            () = std::future::ready(()), if was_callers_turn => {}
         }
         service.say(status(&executor, &registry, &after));
         log::tell_repeats();
@@ -170,7 +175,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
     drain(&mut executor, &mut registry, &mut refusals, &mut news);
     refusals.stop(&mut executor);
     log::tell_all_repeats();
-    let (granted, withdrawn) = (executor.ledger.entries().count(), executor.ledger.withdrawn().len());
+    let (granted, withdrawn) = (executor.ledger.count(), executor.ledger.withdrawn().len());
     tracing::info!("stopping; {granted} grants and {withdrawn} withdrawals stay in force");
     Ok(())
 }
@@ -256,8 +261,8 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
         result = carry_out(executor, registry, request);
     }
     registry.keep(&executor.cgroups, executor.persisted.all());
-    for entry in executor.ledger.entries() {
-        registry.follow(&executor.cgroups, &entry.grant.holder);
+    if matches!(request, Request::Attach(_)) {
+        executor.ledger.entries().for_each(|entry| registry.follow(&executor.cgroups, &entry.grant.holder));
     }
     if let Some(before) = before {
         let (micros, after) = (Some(start.elapsed().as_micros() as u64), all(executor));
@@ -286,7 +291,7 @@ fn carry_out(executor: &mut Executor, registry: &Registry, request: &Request) ->
             request::list(executor.ledger.entries(), &executor.persisted, &containers, list).map(Reply::good)
         }
         Request::Status(_) => {
-            let grants = executor.ledger.entries().count();
+            let grants = executor.ledger.count();
             let status = request::status(&executor.cgroups, containers.len(), grants, Some(events_from()))?;
             Ok(Reply::good(StatusInfo { configuration: registry.problems.clone(), ..status }))
         }
@@ -311,7 +316,7 @@ fn behind_ours(executor: &Executor) -> Vec<String> {
 
 /// How the agent is, on one line.
 fn status(executor: &Executor, registry: &Registry, after: &[String]) -> String {
-    let (containers, grants) = (registry.containers.len(), executor.ledger.entries().count());
+    let (containers, grants) = (registry.containers.len(), executor.ledger.count());
     let mut text = format!("{containers} containers, {grants} grants, events from {}", events_from());
     if !after.is_empty() {
         text += &format!("; degraded: {} at the cgroup root may refuse what is granted", after.join(", "));

@@ -38,7 +38,9 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     settle_withdrawals(executor, registry, &desired, |_, _| true, None);
     carry_out(executor, registry, &desired, &observed, goes_with_node, None);
-    executor.sweep(&registry.snapshot());
+    if !executor.ledger.lost().is_empty() {
+        executor.sweep(&registry.snapshot());
+    }
     executor.agree_with_ledger();
     for entry in executor.ledger.entries() {
         registry.follow(&executor.cgroups, &entry.grant.holder);
@@ -52,9 +54,7 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == devpath);
     // What a person attached stays, as long as it is this very device.
     let stays = |entry: &Entry| {
-        entry.grant.origin == Origin::Manual
-            && entry.left_over.is_none()
-            && entry.grant.device.identity == device.identity
+        entry.grant.origin == Origin::Manual && entry.is_settled() && entry.grant.device.identity == device.identity
     };
     registry.devices.insert(devpath.clone(), device.clone());
     let in_force = |entry: &Entry| entry.grant.device.identity.devpath != devpath || stays(entry);
@@ -158,7 +158,7 @@ pub(super) fn mark_again(executor: &mut Executor, id: &str) {
 
 /// A container ended.
 pub(super) fn ended(executor: &mut Executor, registry: &mut Registry, id: &str) {
-    let observed = entries(executor, |entry| entry.grant.holder.id == id && has_ended(entry));
+    let observed: Vec<Entry> = executor.ledger.of(id).filter(|entry| has_ended(entry)).cloned().collect();
     observed.iter().for_each(|entry| registry.unfollow(&entry.grant.holder));
     carry_out(executor, registry, &[], &observed, is_unplugged, None);
     executor.restore_ended();
@@ -189,6 +189,8 @@ fn settle_withdrawals(
     gone: Option<Number>,
 ) {
     executor.restore_ended();
+    let granted: HashSet<(u64, Number)> =
+        desired.iter().map(|grant| (grant.holder.cgroup_id, grant.device.number)).collect();
     for known in registry.containers.values() {
         let (Some(holder), container) = (&known.holder, &known.container) else { continue };
         let numbers: BTreeSet<Number> = container.devices.iter().map(|(number, _)| *number).collect();
@@ -200,8 +202,7 @@ fn settle_withdrawals(
                 // Another one than was granted, perhaps; the host's own use of it comes first.
                 Some(device) if !has_grant(executor, holder, number) && is_used_by_host(device) => Presence::Unclear,
                 Some(device) => {
-                    let is_it = |grant: &Grant| grant.device.number == number && grant.holder.is_same_run(holder);
-                    Presence::Here { node: &device.node, wanted: desired.iter().any(is_it) }
+                    Presence::Here { node: &device.node, wanted: granted.contains(&(holder.cgroup_id, number)) }
                 }
                 None if paths.iter().any(|path| udev::has_number(number, path)) => Presence::Unclear,
                 None => Presence::Gone,

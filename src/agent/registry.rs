@@ -217,8 +217,8 @@ impl Registry {
         let old = old.filter(is_same_run);
         let is_new = old.is_none();
         if let Some(old) = old {
-            // The name may have been out of sight while the container was being created.
-            let is_named = old.container.name.is_none() && container.name.is_some();
+            // The name may have been out of sight while the container was being created, and somebody may change it.
+            let is_named = container.name.is_some() && old.container.name != container.name;
             // A run that could not be worked on may have been starting still; any other is known well.
             if !is_named && (old.holder.is_some() || old.rules.is_empty()) {
                 return false;
@@ -316,10 +316,13 @@ impl Registry {
 
     /// Watches a container that has grants: for writes to its cgroup, and for its end where the ledger alone knows it.
     pub(super) fn follow(&mut self, cgroups: &CgroupRoot, holder: &Holder) {
-        if self.cgroups.insert(holder.cgroup_id) {
+        if !self.cgroups.contains(&holder.cgroup_id) {
             let directory = cgroups.path.join(holder.cgroup.trim_start_matches('/'));
-            if let Err(error) = self.watched.watch_cgroup(&directory, &holder.id) {
-                tracing::debug!(container = holder.label(), "cannot watch {}: {error}", directory.display());
+            match self.watched.watch_cgroup(&directory, &holder.id) {
+                Ok(()) => drop(self.cgroups.insert(holder.cgroup_id)),
+                Err(error) => {
+                    tracing::debug!(container = holder.label(), "cannot watch {}: {error}", directory.display())
+                }
             }
         }
         if self.containers.contains_key(&holder.id) || self.others.contains_key(&holder.id) {
@@ -341,7 +344,8 @@ impl Registry {
     pub(super) fn forget(&mut self, token: u64) -> Option<String> {
         let known = self.containers.iter().find(|(_, known)| known.token == token).map(|(id, _)| id.clone());
         if let Some(id) = known {
-            self.containers.remove(&id);
+            let holder = self.containers.remove(&id).and_then(|known| known.holder);
+            holder.iter().for_each(|holder| self.unfollow(holder));
             self.said.forget(&id);
             self.waiting.borrow_mut().remove(&id);
             return Some(id);

@@ -50,16 +50,18 @@ pub(super) enum What {
     Refused,
 }
 
-/// Leaves out what is over: events of a device that a later one follows, and all losses but the last, after which everything
-/// is compared. Whatever took a device's place is another one by its identity, so its last event takes back what the ones
+/// Leaves out what is over: events of a device, a cgroup or a container's state that a later one follows, and all losses but
+/// the last, after which everything is compared. Whatever took a device's place is another one by its identity, so its last event takes back what the ones
 /// before had left.
 pub(super) fn newest(mut all: Vec<News>) -> Vec<News> {
-    let (mut devices, mut is_lost) = (HashSet::new(), false);
+    let (mut devices, mut cgroups, mut places, mut is_lost) = (HashSet::new(), HashSet::new(), HashSet::new(), false);
     let mut kept: Vec<News> = Vec::with_capacity(all.len());
     while let Some(news) = all.pop() {
         let counts = match &news.what {
             What::Plugged(device) => devices.insert(device.identity.devpath.clone()),
             What::Unplugged(event) => devices.insert(event.devpath.clone()),
+            What::Cgroup(id) => cgroups.insert(id.clone()),
+            What::State(place, None) => places.insert(place.path.clone()),
             What::Lost => !std::mem::replace(&mut is_lost, true),
             _ => true,
         };

@@ -22,7 +22,7 @@ use crate::{ops, runtime};
 /// Arguments of `attach`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Container: name, id, podman:NAME or pid:N
+    /// Container: name, id, ENGINE:NAME or pid:N
     #[arg(value_name = "CTR")]
     container: String,
     /// Device on the host: a path such as /dev/video1 or /dev/serial/by-id/…, links are followed; or a selector such as

@@ -8,7 +8,7 @@ use crate::{ops, runtime};
 /// Arguments of `detach`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Container: name, id, podman:NAME or pid:N
+    /// Container: name, id, ENGINE:NAME or pid:N
     #[arg(value_name = "CTR")]
     container: String,
     /// Path of the node in the container, or of the device on the host

@@ -8,7 +8,7 @@ use crate::{ops, runtime};
 /// Arguments of `explain`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Container: name, id, podman:NAME or pid:N
+    /// Container: name, id, ENGINE:NAME or pid:N
     #[arg(value_name = "CTR")]
     container: String,
     /// Device on the host, or its path in the container

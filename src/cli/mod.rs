@@ -33,7 +33,8 @@ pub struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 no such container, 4 no such device, 5 refused, 6 timed out.\n\
-                          CTR is a container's name, id, beginning of an id, podman:NAME or pid:N.\n\
+                          CTR is a container's name, id, beginning of an id, ENGINE:NAME or pid:N;\n\
+                          ENGINE is podman, docker, containerd, lxc, incus or nspawn.\n\
                           SELECTOR is a list such as ttyUSB,usb=10c4:ea60,serial=A1B2; see the README.";
 
 /// The commands.
@@ -43,7 +44,7 @@ pub enum Command {
     Attach(attach::Args),
     /// Take a device back from a container
     Detach(detach::Args),
-    /// Show the grants in force
+    /// Show the grants, those in force and those attached with --persist
     #[command(alias = "ls")]
     List(list::Args),
     /// Show the devices of this host, with what selectors can ask of them

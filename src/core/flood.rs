@@ -72,7 +72,7 @@ impl Flood {
         }
         let untold = self.take(|line| now >= line.since + QUIET, now);
         let lines = self.containers.values().flat_map(|told| told.lines.values().chain([&told.others]));
-        self.due = lines.map(|line| line.since).min().unwrap_or(now).max(now) + QUIET;
+        self.due = (lines.map(|line| line.since).min().unwrap_or(now) + QUIET).max(now + 1);
         untold
     }
 

@@ -140,7 +140,7 @@ impl Change {
                     Placement::Pending => {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: Vec::new() })
                     }
-                    Placement::Container if *unplugged && grant.origin != Origin::Manual => {
+                    Placement::Container if *unplugged && matches!(grant.origin, Origin::Rule(_)) => {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: Vec::new() });
                     }
                     Placement::Container | Placement::Host => {}

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 /// Extension of a file that is being written.
 pub(super) const TEMPORARY: &str = "tmp";
-/// The longest file that is read, in bytes: a container's page has some hundred bytes a grant.
-const LONGEST: u64 = 16 << 20;
+/// The longest file that is read, in bytes: a container's page has some hundred bytes a grant, and no host has that many
+/// devices.
+const LONGEST: u64 = 256 << 20;
 
 /// Whether a file is to outlive the machine's power.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +56,12 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, String> {
         return Err("it is no regular file".into());
     }
     let mut text = Vec::new();
-    File::open(path).and_then(|file| file.take(LONGEST).read_to_end(&mut text)).map_err(|error| error.to_string())?;
+    File::open(path)
+        .and_then(|file| file.take(LONGEST + 1).read_to_end(&mut text))
+        .map_err(|error| error.to_string())?;
+    if text.len() as u64 > LONGEST {
+        return Err(format!("it is longer than {} MiB", LONGEST >> 20));
+    }
     Ok(text)
 }
 

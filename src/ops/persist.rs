@@ -51,17 +51,17 @@ impl Persisted {
         &self.all
     }
 
-    /// Those of the container that is meant, also where it does not run, or where another one has its name now.
+    /// Those of the container that is meant. Where it does not run, the name has to do: of several, the first one.
     pub fn named(&self, reference: &Reference, container: Option<&Container>) -> Option<&Attached> {
-        let mut by_name = self.all.iter().filter(|attached| match reference {
-            Reference::Name { engine, name } => {
+        let is_meant = |attached: &&Attached| match (container, reference) {
+            (Some(container), _) => attached.is_for(container),
+            (None, Reference::Name { engine, name }) => {
                 let its = attached.container.runtime.engine();
                 attached.container.name == *name && engine.is_none_or(|engine| engine == its)
             }
-            Reference::Pid(_) => false,
-        });
-        let its = container.and_then(|container| self.all.iter().find(|attached| attached.is_for(container)));
-        its.or_else(|| by_name.next())
+            (None, Reference::Pid(_)) => false,
+        };
+        self.all.iter().find(is_meant)
     }
 
     /// Whether a grant that was made for good still is one.

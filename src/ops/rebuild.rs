@@ -13,6 +13,9 @@ use crate::sys::namespace::{Inside, inside};
 use crate::sys::process::Process;
 use crate::sys::{node, stray};
 
+/// Rights by cgroup and device.
+type Rights = BTreeMap<(u64, Number), Access>;
+
 impl Executor {
     /// Takes grants into the ledger that rules ask for and that are in force without it: the container's right is in the
     /// filter, and the node stands there as it would be made. What the container's specification names is its own.
@@ -39,31 +42,38 @@ impl Executor {
 
     fn has_entry_at(&self, grant: &Grant) -> bool {
         let is_at = |its: &Grant| its.holder.is_same_run(&grant.holder) && its.node.path == grant.node.path;
-        self.ledger.entries().any(|entry| is_at(&entry.grant))
+        self.ledger.of(&grant.holder.id).any(|entry| is_at(&entry.grant))
     }
 
     /// Of containers whose page was lost: takes back the rights that nobody asks for, with nodes of these devices, links to
     /// them and the mark. A person may have attached them, and has to do that again.
     pub fn sweep(&mut self, containers: &[Container]) {
+        let unknown = match self.unknown() {
+            Ok(unknown) => unknown,
+            Err(error) => return tracing::error!("what is left of a lost ledger stays: {}", error.chain()),
+        };
+        let mut is_settled = true;
         for id in self.ledger.lost().to_vec() {
             let found = Reference::parse(&id).map_err(Error::Usage).and_then(|name| lookup(containers, &name));
             let result = match found.and_then(|container| Ok((hold(&self.cgroups, &container)?, container))) {
-                Ok((holder, container)) => self.sweep_one(&holder, &container),
+                Ok((holder, container)) => self.sweep_one(&holder, &container, &unknown),
                 Err(Error::NoSuchContainer(_) | Error::ContainerExited(_)) => Ok(()),
                 Err(error) => Err(error),
             };
             if let Err(error) = result {
                 tracing::error!("what is left of a lost ledger stays: {}", error.chain());
+                is_settled = false;
             }
         }
-        self.ledger.found();
+        // Else they are gone through once more the next time.
+        if is_settled {
+            self.ledger.found();
+        }
     }
 
-    fn sweep_one(&mut self, holder: &Holder, container: &Container) -> Result<()> {
-        for ((cgroup, number), access) in self.unknown()? {
-            if cgroup != holder.cgroup_id {
-                continue;
-            }
+    fn sweep_one(&mut self, holder: &Holder, container: &Container, unknown: &Rights) -> Result<()> {
+        for ((_, number), access) in unknown.iter().filter(|((cgroup, _), _)| *cgroup == holder.cgroup_id) {
+            let number = *number;
             self.allow(holder, number, Access::NONE)?;
             let is_its_own = container.names(number);
             let removed = match is_its_own {
@@ -81,7 +91,7 @@ impl Executor {
     }
 
     /// Rights in the filter on devices that the ledger knows no grant of, in their cgroup.
-    fn unknown(&mut self) -> Result<BTreeMap<(u64, Number), Access>> {
+    fn unknown(&mut self) -> Result<Rights> {
         let failed = |error| Error::host::<std::io::Error>("read the device filter's maps")(error);
         let mut all: BTreeMap<_, _> = self
             .filter()?

@@ -100,8 +100,10 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
     match executor.carry_out(&Change::Add(grant.clone())) {
         Ok(placement) => Ok(GrantInfo::from(&Entry { grant, placement, left_over: None })),
         Err(first) => {
-            if let Some(before) = before {
-                executor.persisted.put(before)?;
+            if let Some(before) = before
+                && let Err(error) = executor.persisted.put(before)
+            {
+                tracing::error!("it stays written down: {}", error.chain());
             }
             Err(first)
         }

@@ -101,6 +101,11 @@ impl Store {
         self.pages.values().flatten().map(|line| &line.entry)
     }
 
+    /// How many entries there are.
+    pub fn count(&self) -> usize {
+        self.pages.values().map(Vec::len).sum()
+    }
+
     /// The entries of the container with this id.
     pub fn of(&self, id: &str) -> impl Iterator<Item = &Entry> {
         self.pages.get(id).into_iter().flatten().map(|line| &line.entry)
@@ -368,8 +373,14 @@ mod tests {
         fs::write(ledger.join("c-x.json.tmp"), "{").unwrap();
         for at in 0..KEPT + 3 {
             fs::write(ledger.join(format!("c-{at}.json")), "x").unwrap();
+            let at_second = std::time::UNIX_EPOCH + std::time::Duration::from_secs(at as u64);
+            File::options()
+                .write(true)
+                .open(ledger.join(format!("c-{at}.json")))
+                .unwrap()
+                .set_modified(at_second)
+                .unwrap();
             Store::open(run.path()).unwrap().unwrap().found();
-            std::thread::sleep(std::time::Duration::from_millis(2));
         }
         let left = fs::read_dir(&ledger).unwrap().flatten().map(|entry| entry.file_name().into_string().unwrap());
         let mut left: Vec<String> = left.collect();
