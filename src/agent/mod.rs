@@ -239,12 +239,39 @@ fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusal
                 reconcile::ended(executor, registry, &id);
             }
         }
-        What::Lost => {
-            tracing::warn!("events were lost: comparing everything");
-            compare(executor, registry, refusals);
-        }
+        What::Lost => lost(executor, registry, refusals, at),
         What::Refused => refusals.take(registry),
     }
+}
+
+/// The last time that everything was compared since events were lost.
+#[derive(Debug, Clone, Copy)]
+struct Compared {
+    started: Instant,
+    took: Duration,
+    /// Whether it is to be done again, and only has to wait.
+    is_due: bool,
+}
+
+/// Compares everything, for a fifth of the time at most: whoever can have events lost at will keeps nobody waiting.
+fn lost(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusals, at: Instant) {
+    let Compared { started, took, is_due } = registry.compared;
+    // What was lost before the last time was found then.
+    if at < started && !is_due {
+        return;
+    }
+    let rest = (took * 5).saturating_sub(started.elapsed());
+    if !rest.is_zero() {
+        if !is_due {
+            registry.compared.is_due = true;
+            registry.watched.later(rest, What::Lost);
+        }
+        return;
+    }
+    tracing::warn!("events were lost: comparing everything");
+    let started = Instant::now();
+    compare(executor, registry, refusals);
+    registry.compared = Compared { started, took: started.elapsed(), is_due: false };
 }
 
 fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -> Reply {

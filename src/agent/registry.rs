@@ -1,10 +1,11 @@
 //! What the agent knows now: the devices of the host, and the containers that run.
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use crate::agent::Compared;
 use crate::agent::monitors::Monitors;
 use crate::agent::watch::Watched;
 use crate::config;
@@ -28,6 +29,9 @@ use crate::sys::cgroup::CgroupRoot;
 use crate::sys::host::Host;
 use crate::sys::process::Process;
 
+/// How soon an `/etc/group` is read again that could not be read.
+const GROUPS_AGAIN: Duration = Duration::from_secs(10);
+
 /// A container that runs.
 #[derive(Debug)]
 pub(super) struct Known {
@@ -43,6 +47,8 @@ pub(super) struct Known {
     pub(super) at_start: Vec<String>,
     /// The groups of its `/etc/group`, once one was asked for. It is the container's to make that file long.
     groups: OnceCell<HashMap<String, u32>>,
+    /// When they could not be read: a container may make that slow.
+    no_groups: Cell<Option<Instant>>,
     /// Held so that its end is heard of.
     _init: Process,
     token: u64,
@@ -53,11 +59,14 @@ impl Known {
     pub(super) fn desired(&self, host: Host, facts: &Facts<'_>, grants: &mut Vec<Grant>, said: &Said) {
         let Some(holder) = &self.holder else { return };
         let group = |name: &str| {
-            if self.groups.get().is_none() {
-                // What cannot be read now is tried again at the next event.
+            let was_tried = || self.no_groups.get().is_some_and(|at| at.elapsed() < GROUPS_AGAIN);
+            if self.groups.get().is_none() && !was_tried() {
                 match groups(&self.container, host) {
                     Ok(text) => drop(self.groups.set(Group::all_in(&text))),
-                    Err(error) => said.once(&holder.id, holder.label(), error.chain()),
+                    Err(error) => {
+                        self.no_groups.set(Some(Instant::now()));
+                        said.once(&holder.id, holder.label(), error.chain());
+                    }
                 }
             }
             self.groups.get()?.get(name).copied()
@@ -148,6 +157,7 @@ pub(super) struct Registry {
     /// Places of containers that are starting, which are looked at again, and since when they are.
     pub(super) starting: BTreeMap<PathBuf, Instant>,
     pub(super) watched: Watched,
+    pub(super) compared: Compared,
     /// Those who are told of changes.
     pub(super) monitors: Monitors,
 }
@@ -171,6 +181,7 @@ impl Registry {
             later: Later::default(),
             starting: BTreeMap::new(),
             watched,
+            compared: Compared { started: Instant::now(), took: Duration::ZERO, is_due: false },
             monitors: Monitors::new(),
         }
     }
@@ -254,8 +265,8 @@ impl Registry {
         };
         tracing::debug!(container = container.label(), id = container.id, "known");
         let bounds = self.bounds_of(&container, holder.as_ref());
-        let (at_start, groups) = (nodes_at_start(&container), OnceCell::new());
-        let known = Known { container, rules, bounds, holder, at_start, groups, _init: init, token };
+        let (at_start, groups, no_groups) = (nodes_at_start(&container), OnceCell::new(), Cell::new(None));
+        let known = Known { container, rules, bounds, holder, at_start, groups, no_groups, _init: init, token };
         self.containers.insert(known.container.id.clone(), known);
         true
     }

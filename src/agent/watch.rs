@@ -50,7 +50,7 @@ pub(super) enum What {
     Refused,
 }
 
-/// Leaves out what is over: events of a device, a cgroup or a container's state that a later one follows, and all losses but
+/// Leaves out what is over: events of a device with its number, a cgroup or a container's state that a later one follows, and all losses but
 /// the last, after which everything is compared. Whatever took a device's place is another one by its identity, so its last event takes back what the ones
 /// before had left.
 pub(super) fn newest(mut all: Vec<News>) -> Vec<News> {
@@ -58,8 +58,8 @@ pub(super) fn newest(mut all: Vec<News>) -> Vec<News> {
     let mut kept: Vec<News> = Vec::with_capacity(all.len());
     while let Some(news) = all.pop() {
         let counts = match &news.what {
-            What::Plugged(device) => devices.insert(device.identity.devpath.clone()),
-            What::Unplugged(event) => devices.insert(event.devpath.clone()),
+            What::Plugged(device) => devices.insert((device.identity.devpath.clone(), device.number)),
+            What::Unplugged(event) => devices.insert((event.devpath.clone(), event.number)),
             What::Cgroup(id) => cgroups.insert(id.clone()),
             What::State(place, None) => places.insert(place.path.clone()),
             What::Lost => !std::mem::replace(&mut is_lost, true),
@@ -119,12 +119,17 @@ impl Watched {
     /// News will come to look again at this place, where a container is starting since then: late by an eighth of the time
     /// that its start takes at most, and ever more seldom where it never does.
     pub(super) fn look_again(&self, place: Place, since: Instant) {
+        self.later(SHORTEST.max(since.elapsed() / 8), What::State(place, Some(since)));
+    }
+
+    /// This will come as news in that time.
+    pub(super) fn later(&self, time: Duration, what: What) {
         // It keeps no channel open that the thread has left.
         let news = self.news.clone();
         drop(tokio::task::spawn_local(async move {
-            tokio::time::sleep(SHORTEST.max(since.elapsed() / 8)).await;
+            tokio::time::sleep(time).await;
             if let Some(news) = news.upgrade() {
-                let _ = news.send(News { at: Instant::now(), what: What::State(place, Some(since)) }).await;
+                let _ = news.send(News { at: Instant::now(), what }).await;
             }
         }));
     }
@@ -182,6 +187,10 @@ struct Watch {
     /// Whether udevd ran at the last addition.
     had_udevd: bool,
 }
+
+/// How many messages are read before the other sources get their turn: whoever may send to udev's group could keep us
+/// reading.
+const AT_ONCE: usize = 256;
 
 /// How soon a full channel is tried again.
 const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
@@ -254,7 +263,7 @@ impl Watch {
 
     /// Removals act at once. Additions come from udev, after its rules ran; where no udevd runs, from here.
     fn read_kernel(&mut self) -> io::Result<()> {
-        loop {
+        for _ in 0..AT_ONCE {
             let at = Instant::now();
             let event = match self.kernel.receive()? {
                 Received::Message(message) => parse(message),
@@ -271,6 +280,7 @@ impl Watch {
                 _ => {}
             }
         }
+        Ok(())
     }
 
     fn added(&mut self, at: Instant, event: &Uevent) {
@@ -285,7 +295,7 @@ impl Watch {
     }
 
     fn read_udev(&mut self) -> io::Result<()> {
-        loop {
+        for _ in 0..AT_ONCE {
             let at = Instant::now();
             let device = match self.udev.receive()? {
                 Received::Message(message) => udev::by_message(message),
@@ -300,6 +310,7 @@ impl Watch {
                 self.tell_at(at, What::Plugged(Box::new(device)));
             }
         }
+        Ok(())
     }
 
     fn read_state(&mut self) {

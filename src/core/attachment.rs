@@ -35,7 +35,9 @@ impl Lasting {
     /// `None` for one that is only a process.
     pub fn of(container: &Container) -> Option<Lasting> {
         let Container { name, id, runtime, owner, .. } = container;
-        let name = name.as_ref().unwrap_or(id).clone();
+        // An id that names the engine is unique on the host, which a name in one of its namespaces is not.
+        let name =
+            if id.starts_with(&format!("{}:", runtime.engine())) { id } else { name.as_ref().unwrap_or(id) }.clone();
         (*runtime != Runtime::Pid).then_some(Lasting { name, runtime: *runtime, owner: *owner })
     }
 }

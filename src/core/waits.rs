@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 /// Milliseconds that a container may take in one go. The work itself takes microseconds.
 const FREE: u64 = 3_000;
 /// What takes no longer than this is not counted: a busy host is slow, too, and its containers must not suffer for it.
-const USUAL: u64 = 1_000;
+const USUAL: u64 = 200;
 /// A tenth of the time is given back.
 const SHARE: u64 = 10;
 

@@ -56,8 +56,9 @@ impl Persisted {
         let is_meant = |attached: &&Attached| match (container, reference) {
             (Some(container), _) => attached.is_for(container),
             (None, Reference::Name { engine, name }) => {
-                let its = attached.container.runtime.engine();
-                attached.container.name == *name && engine.is_none_or(|engine| engine == its)
+                let (its, kept) = (attached.container.runtime.engine(), &attached.container.name);
+                let is_it = kept == name || kept.strip_prefix(its).and_then(|it| it.strip_prefix(':')) == Some(name);
+                is_it && engine.is_none_or(|engine| engine == its)
             }
             (None, Reference::Pid(_)) => false,
         };

@@ -15,6 +15,8 @@ const LXC_PATH: &str = "/var/lib/lxc";
 const INCUS_PATH: &str = "/var/lib/incus/containers";
 /// The beginning of the cgroups' names (lxc, src/lxc/cgroups/cgfsng.c, `DEFAULT_PAYLOAD_CGROUP_PREFIX`).
 const PAYLOAD: &str = "lxc.payload.";
+/// The same of their monitors' (`DEFAULT_MONITOR_CGROUP_PREFIX`).
+const MONITOR: &str = "lxc.monitor.";
 
 /// What a monitor's command line says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,7 +46,8 @@ pub fn is_init(status: &str) -> bool {
     })
 }
 
-/// The container of a cgroup `lxc.payload.NAME`, whose monitor says so where one could be asked.
+/// The container of a cgroup `lxc.payload.NAME`, as its monitor says; one in the foreground (`lxc-start -F`) has no such
+/// title.
 pub fn container(cgroup: &str, monitored: Option<Monitored>, init: &Process, owner: u32) -> Container {
     // A cgroup may have another name than its container: `-1` is added while one of that name is still there.
     let monitored = monitored.unwrap_or_else(|| Monitored {
@@ -83,6 +86,12 @@ pub fn load(directory: &Path) -> Result<Found, String> {
     };
     // Until it starts the container's own program, init runs what its parent does.
     if init.runs_the_program_of(init.parent) {
+        return Ok(Found::Starting);
+    }
+    // Nobody but root makes cgroups at the root. Without its monitor, nobody knows which container it is.
+    let monitors = format!("/{MONITOR}{}", cgroup.strip_prefix(PAYLOAD).unwrap_or_default());
+    let its_cgroup = Process::open(init.parent).and_then(|parent| parent.cgroups().ok());
+    if its_cgroup.is_none_or(|(unified, _)| unified != monitors) {
         return Ok(Found::Starting);
     }
     let monitored = std::fs::read(format!("/proc/{}/cmdline", init.parent)).ok().and_then(|line| parse_monitor(&line));

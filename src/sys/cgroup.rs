@@ -1,8 +1,10 @@
 //! cgroup v2: where its root is mounted, and which cgroup is a container's own.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, fstat, fstatfs, open};
@@ -30,17 +32,17 @@ pub struct Cgroup {
     fd: OwnedFd,
 }
 
+/// How many cgroups are gone into: a container may make many.
+const MOST_CGROUPS: usize = 10_000;
+
 impl CgroupRoot {
     /// Finds the mount of the real root in `/proc/self/mountinfo`. In a container or a cgroup namespace there is none,
     /// and a program attached to what looks like the root would run before the runtimes' programs, not after them.
     pub fn find() -> Result<CgroupRoot> {
-        let mounts = procfs::process::Process::myself()
-            .and_then(|me| me.mountinfo())
-            .map_err(|error| Error::Unfit(format!("cannot read /proc/self/mountinfo: {error}")))?;
+        let mounts = fs::read("/proc/self/mountinfo").map_err(Error::host("read /proc/self/mountinfo"))?;
         let mut seen = None;
         // The last mount on a path is the visible one.
-        for mount in mounts.0.iter().rev().filter(|mount| mount.fs_type == "cgroup2") {
-            let path = mount.mount_point.clone();
+        for path in mounts.split(|byte| *byte == b'\n').rev().filter_map(mount_of_cgroup2) {
             let Ok(fd) = open_directory(&path) else { continue };
             let id = fstat(&fd).map_err(Error::host(format!("stat {}", path.display())))?.st_ino;
             // Another file system may be mounted over it, and its root may have the inode 1 too.
@@ -103,11 +105,11 @@ impl CgroupRoot {
         self.walk_from("").split_off(1)
     }
 
-    /// The cgroup itself, then those below it.
+    /// The cgroup itself, then those below it, the outer ones first.
     fn walk_from(&self, path: &str) -> Vec<String> {
         let mut paths = vec![path.to_owned()];
         let mut at = 0;
-        while at < paths.len() {
+        while at < paths.len() && at < MOST_CGROUPS {
             let directory = self.path.join(paths[at].trim_start_matches('/'));
             for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
                 if entry.file_type().is_ok_and(|kind| kind.is_dir())
@@ -141,6 +143,23 @@ impl Cgroup {
     }
 }
 
+/// The mount point in a line of `/proc/self/mountinfo` (proc(5)), of a cgroup2 file system. Anybody who may mount can have
+/// lines of any bytes there.
+fn mount_of_cgroup2(line: &[u8]) -> Option<PathBuf> {
+    let has_type = |window: &[u8]| window == b" - cgroup2 ";
+    line.windows(11).any(has_type).then_some(())?;
+    let escaped = line.split(|byte| *byte == b' ').nth(4)?;
+    // Spaces and the like are written as a backslash and three octal digits.
+    let mut parts = escaped.split(|byte| *byte == b'\\');
+    let mut path = parts.next()?.to_vec();
+    for part in parts {
+        let digits = std::str::from_utf8(part.get(..3)?).ok()?;
+        path.push(u8::from_str_radix(digits, 8).ok()?);
+        path.extend(&part[3..]);
+    }
+    Some(PathBuf::from(OsString::from_vec(path)))
+}
+
 fn is_cgroup2(fd: &OwnedFd) -> bool {
     const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
     fstatfs(fd).is_ok_and(|stat| stat.f_type as u64 == CGROUP2_SUPER_MAGIC)
@@ -167,7 +186,19 @@ pub fn own_path(init: &str, state: Option<&str>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::own_path;
+    use super::*;
+
+    #[test]
+    fn mounts_of_cgroup2_among_any_others() {
+        let of = |line: &[u8]| mount_of_cgroup2(line);
+        let at = |path: &str| Some(PathBuf::from(path));
+        assert_eq!(of(b"30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw"), at("/sys/fs/cgroup"));
+        assert_eq!(of(b"31 23 0:26 /a /my\\040own\\134x rw - cgroup2 none rw"), at("/my own\\x"));
+        assert_eq!(of(b"32 23 0:27 / /x/\xff rw - tmpfs none rw"), None);
+        assert_eq!(of(b"33 23 0:27 / /a\\9 rw - cgroup2 none rw"), None);
+        assert_eq!(of(b"34 - cgroup2 "), None);
+        assert_eq!(of(b""), None);
+    }
 
     #[test]
     fn the_deepest_cgroup_that_the_state_names() {

@@ -50,11 +50,14 @@ impl Search {
         // A descriptor of its own kind for reading names: the other one is for paths alone.
         let readable = openat(directory, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
         for entry in readable.and_then(Dir::new).into_iter().flatten().flatten() {
-            let Ok(name) = entry.file_name().to_str() else { continue };
-            if matches!(name, "." | "..") || self.left == 0 {
-                continue;
+            if self.left == 0 {
+                break;
             }
             self.left -= 1;
+            let Ok(name) = entry.file_name().to_str() else { continue };
+            if matches!(name, "." | "..") {
+                continue;
+            }
             let below = format!("{path}/{name}");
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             if take(self, directory, name, below.clone()) {

@@ -97,7 +97,11 @@ pub fn by_event(event: &Uevent) -> Option<Device> {
 pub fn by_message(message: &[u8]) -> Option<Device> {
     match parse_udev(message)? {
         (Action::Remove, _) => None,
-        (_, devpath) => by_directory(&PathBuf::from(format!("/sys{devpath}"))),
+        (_, devpath) => {
+            let device = udev::Device::from_syspath(Path::new(&format!("/sys{devpath}"))).ok()?;
+            // udevd writes its database before it tells; somebody else may have told.
+            owned(&device).filter(|_| !is_running() || device.is_initialized())
+        }
     }
 }
 

@@ -11,8 +11,8 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recvf
 /// Room for tens of thousands of events that wait while we work.
 const RECEIVE_BUFFER: usize = 64 << 20;
 /// The kernel's are at most 2 KiB of variables and a header (UEVENT_BUFFER_SIZE, include/linux/kobject.h); udevd's have
-/// all properties of a device, for which nothing sets a limit.
-const MESSAGE: usize = 64 << 10;
+/// all properties of a device, which the default of net.core.wmem_max keeps below this.
+const MESSAGE: usize = 256 << 10;
 
 /// A socket that receives uevents of one group.
 #[derive(Debug)]
@@ -72,8 +72,8 @@ impl Uevents {
         if self.is_kernels && port != Some(0) {
             return Ok(Received::Nothing);
         }
-        // Of one that is longer than the buffer the end is lost, and what it was about with it.
-        Ok(self.buffer.get(..length).map_or(Received::Lost, Received::Message))
+        // A longer one takes privileges to send that udevd does not use (SO_SNDBUFFORCE).
+        Ok(self.buffer.get(..length).map_or(Received::Nothing, Received::Message))
     }
 }
 

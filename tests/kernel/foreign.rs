@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
@@ -12,7 +13,7 @@ use qm_hotplug::core::uevent::parse;
 use qm_hotplug::sys::udev;
 use qm_hotplug::sys::uevent::{Received, Uevents};
 
-use crate::stage::Container;
+use crate::stage::{Container, Nodes};
 use crate::support::{Agent, qm, wait_for};
 
 pub const TESTS: &[(&str, fn())] = &[
@@ -20,6 +21,7 @@ pub const TESTS: &[(&str, fn())] = &[
     ("foreign::an_event_of_any_length_is_read", long_event),
     ("foreign::what_nobody_reads_is_told_as_lost", unread_events),
     ("foreign::what_the_kernel_did_not_send_is_no_event", forged_by_others),
+    ("foreign::a_mount_of_any_name_stops_nobody", a_mount_of_any_name),
     ("foreign::a_dev_that_never_answers_is_given_up", a_dev_that_never_answers),
     ("foreign::a_dev_that_answers_slowly_gets_a_share_of_the_time", a_dev_that_answers_slowly),
 ];
@@ -66,13 +68,14 @@ fn forged_event() {
 fn long_event() {
     let mut events = Uevents::of_udev().unwrap();
     let sender = socket();
-    for length in [5_000, 9_000, 60_000] {
+    for length in [5_000, 9_000, 100_000, 200_000] {
         send(&sender, UDEV_GROUP, &forged("/devices/virtual/mem/null", "/dev/null", 1, 3, length));
         assert_eq!(next(&mut events, udev::by_message).expect("the device").node, "/dev/null");
     }
-    // Of a longer one nobody knows what it was about.
-    send(&sender, UDEV_GROUP, &forged("/devices/virtual/mem/null", "/dev/null", 1, 3, 100_000));
-    wait_for("a loss", || events.receive().unwrap() == Received::Lost);
+    // A longer one cannot be sent.
+    let message = forged("/devices/virtual/mem/null", "/dev/null", 1, 3, 300_000);
+    let refused = sendto(sender.as_raw_fd(), &message, &NetlinkAddr::new(0, UDEV_GROUP), MsgFlags::empty());
+    assert_eq!(refused, Err(nix::errno::Errno::EMSGSIZE));
 }
 
 fn unread_events() {
@@ -110,6 +113,16 @@ fn forged_by_others() {
     assert_eq!(refused.join().unwrap(), Err(nix::errno::Errno::EPERM));
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(events.receive().unwrap(), Received::Empty);
+}
+
+fn a_mount_of_any_name() {
+    let place = Nodes::new();
+    let path = place.path().join(std::ffi::OsStr::from_bytes(b"\xff - cgroup2 x"));
+    std::fs::create_dir(&path).unwrap();
+    mount(Some("none"), &path, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    assert!(String::from_utf8(std::fs::read("/proc/self/mountinfo").unwrap()).is_err());
+    qm(&["status"]).ok();
+    nix::mount::umount(&path).unwrap();
 }
 
 fn socket() -> OwnedFd {

@@ -180,7 +180,13 @@ impl Payload {
              exec chroot {root} /own/sleep 1000",
             procs.display()
         );
-        let arguments = ["unshare", "--mount", "--pid", "--fork", "/bin/busybox", "sh", "-c", &init];
+        // As LXC's monitor does, before there is an init.
+        let monitors =
+            cgroup.with_file_name(cgroup.file_name().unwrap().to_str().unwrap().replace("payload", "monitor"));
+        fs::create_dir(&monitors).unwrap();
+        let enter = format!("echo 0 >{}/cgroup.procs; exec \"$@\"", monitors.display());
+        let unshare = ["/bin/busybox", "unshare", "--mount", "--pid", "--fork", "/bin/busybox", "sh", "-c", &init];
+        let arguments = [&["sh", "-c", &enter, "monitor"][..], &unshare].concat();
         let monitor = Command::new("/bin/busybox").args(arguments).stdin(Stdio::null()).spawn().unwrap();
         Payload { cgroup, monitor }
     }
@@ -196,6 +202,8 @@ impl Drop for Payload {
         let _ = self.monitor.kill();
         let _ = self.monitor.wait();
         wait_for("its cgroup to be empty", || fs::remove_dir(&self.cgroup).is_ok());
+        let monitors = self.cgroup.to_str().unwrap().replace("payload", "monitor");
+        wait_for("its monitor's cgroup to be empty", || fs::remove_dir(&monitors).is_ok());
     }
 }
 

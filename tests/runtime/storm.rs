@@ -2,6 +2,7 @@
 //! `/dev/vcsaN` the kernel really makes and removes. The containers are cheap ones.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use qm_hotplug::core::device::{Kind, Number};
@@ -16,6 +17,7 @@ use crate::support::{Agent, grants, qm, wait_for, wait_within};
 pub(crate) const ONCE: &[CaseOnce] = &[
     ("storm::of_ten_thousand_events_none_is_lost", of_ten_thousand_events_none_is_lost),
     ("storm::what_was_lost_is_found_by_looking", what_was_lost_is_found_by_looking),
+    ("storm::whoever_sends_without_end_keeps_no_removal_waiting", a_flood_of_messages),
     ("storm::a_number_that_changes_hands_at_once", a_number_that_changes_hands_at_once),
 ];
 
@@ -109,6 +111,38 @@ fn what_was_lost_is_found_by_looking() {
         std::thread::sleep(Duration::from_millis(50));
         asks.device_at("/dev/tty5").is_none()
     });
+}
+
+/// As root of a container on the host's network could.
+fn a_flood_of_messages() {
+    let asks = Member::start("qmh-flooded", &[TTYS], |_| {});
+    let _agent = Agent::start();
+    wait_for("its nodes", || grants().len() == 8);
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let flood = || {
+            let pairs = b"ACTION=add\0DEVPATH=/devices/virtual/mem/null\0";
+            let header = [40, 40, pairs.len() as u32, 0, 0, 0, 0].map(u32::to_ne_bytes).concat();
+            let message = [&b"libudev\0\xfe\xed\xca\xfe"[..], &header, pairs].concat();
+            let flags = rustix::net::SocketFlags::CLOEXEC;
+            let (family, kind) = (rustix::net::AddressFamily::NETLINK, rustix::net::SocketType::RAW);
+            let protocol = Some(rustix::net::netlink::KOBJECT_UEVENT);
+            let socket = rustix::net::socket_with(family, kind, flags, protocol).unwrap();
+            let group = rustix::net::netlink::SocketAddrNetlink::new(0, 2);
+            while !is_over.load(Ordering::Relaxed) {
+                let _ = rustix::net::sendto(&socket, &message, rustix::net::SendFlags::empty(), &group);
+            }
+        };
+        scope.spawn(flood);
+        std::thread::sleep(Duration::from_millis(500));
+        trigger("remove", "tty5");
+        let at = std::time::Instant::now();
+        while asks.device_at("/dev/tty5").is_some() && at.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(asks.device_at("/dev/tty5"), None, "it went while there was no end of messages");
 }
 
 /// The first one's grant is for a device that is gone; who asks for whatever is there has the next one.
