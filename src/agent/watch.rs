@@ -328,3 +328,41 @@ impl Watch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::plan::tests::device;
+
+    #[test]
+    fn of_what_has_happened_the_last_counts() {
+        let plugged = |minor| What::Plugged(Box::new(device("/dev/x", 189, minor)));
+        let unplugged = |minor| {
+            let device = device("/dev/x", 189, minor);
+            let (devpath, number, node) = (device.identity.devpath, device.number, device.node);
+            What::Unplugged(Uevent { action: Action::Remove, devpath, number, node, subsystem: "usb".into() })
+        };
+        let cgroup = |id: &str| What::Cgroup(id.into());
+        let all = [
+            plugged(4),
+            cgroup("a"),
+            unplugged(4),
+            What::Lost,
+            plugged(4),
+            cgroup("b"),
+            What::Exited(1),
+            unplugged(4),
+            plugged(5),
+            cgroup("a"),
+            What::Lost,
+            What::Exited(1),
+        ];
+        let at = Instant::now();
+        let kept = newest(all.into_iter().map(|what| News { at, what }).collect());
+        let kept: Vec<String> = kept.iter().map(|news| format!("{:?}", news.what)).collect();
+        // A device that came back with another number: the old one's removal is not forgotten.
+        let expected =
+            [cgroup("b"), What::Exited(1), unplugged(4), plugged(5), cgroup("a"), What::Lost, What::Exited(1)];
+        assert_eq!(kept, expected.map(|what| format!("{what:?}")));
+    }
+}

@@ -203,6 +203,28 @@ mod tests {
     use crate::core::facts::tests::{Tree, bench, of_bench};
     use crate::core::plan::tests::device;
 
+    #[test]
+    fn a_name_that_is_not_unique_is_not_what_it_is_known_by() {
+        let container = |id: &str, name: &str, runtime| Container {
+            id: id.into(),
+            name: Some(name.into()),
+            runtime,
+            pid: 1,
+            start_time: 1,
+            cgroup: None,
+            annotations: Default::default(),
+            devices: Vec::new(),
+            bundle: None,
+            image: None,
+            owner: 0,
+        };
+        let name = |container: &Container| Lasting::of(container).unwrap().name;
+        assert_eq!(name(&container("containerd:a/db", "db", Runtime::Containerd)), "containerd:a/db");
+        assert_eq!(name(&container("lxc:/srv/lxc/web", "web", Runtime::Lxc)), "lxc:/srv/lxc/web");
+        assert_eq!(name(&container(&"ab".repeat(32), "web", Runtime::Docker)), "web");
+        assert_eq!(name(&container(&"ab".repeat(32), "web", Runtime::Crun)), "web");
+    }
+
     fn options(path: &str) -> Options {
         Options { path: Some(path.into()), access: Some(Access::READ), ..Options::default() }
     }

@@ -209,5 +209,12 @@ fn a_node_from_the_containers_start_goes_only_when_its_device_is_unplugged() {
     for unplugged in [true, false] {
         let steps = Change::Remove { entry: entry.clone(), unplugged }.steps(std::iter::once(&entry));
         assert_eq!(steps.iter().any(|step| matches!(step, Step::RemoveNode { .. })), unplugged);
+        // What a person attached has taken no node over, for good or not.
+        for origin in [Origin::Manual, Origin::Persist] {
+            let mut entry = entry.clone();
+            entry.grant.origin = origin;
+            let steps = Change::Remove { entry: entry.clone(), unplugged }.steps(std::iter::once(&entry));
+            assert!(!steps.iter().any(|step| matches!(step, Step::RemoveNode { .. })));
+        }
     }
 }

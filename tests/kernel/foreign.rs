@@ -18,6 +18,7 @@ use crate::support::{Agent, qm, wait_for};
 
 pub const TESTS: &[(&str, fn())] = &[
     ("foreign::a_forged_udev_event_makes_no_device_another_one", forged_event),
+    ("foreign::a_message_before_udevd_has_spoken_is_none", message_before_its_time),
     ("foreign::an_event_of_any_length_is_read", long_event),
     ("foreign::what_nobody_reads_is_told_as_lost", unread_events),
     ("foreign::what_the_kernel_did_not_send_is_no_event", forged_by_others),
@@ -62,6 +63,20 @@ fn forged_event() {
         assert_eq!((device.node.as_str(), device.number.major, device.number.minor), ("/dev/null", 1, 3));
         assert!(!Categories::default().iter().any(|category| category.contains(&device)), "{device:?}");
     }
+}
+
+/// Where udevd runs, a device counts once udevd has spoken of it, whoever else speaks of it.
+fn message_before_its_time() {
+    let place = Nodes::new();
+    File::create(place.path().join("control")).unwrap();
+    std::fs::create_dir_all("/run/udev").unwrap();
+    crate::stage::bind(place.path().to_str().unwrap(), "/run/udev".as_ref());
+    let message = forged("/devices/virtual/mem/null", "/dev/null", 1, 3, 0);
+    assert_eq!(udev::by_message(&message), None);
+    std::fs::create_dir(place.path().join("data")).unwrap();
+    std::fs::write(place.path().join("data/c1:3"), "I:1\n").unwrap();
+    assert_eq!(udev::by_message(&message).expect("udevd has spoken").node, "/dev/null");
+    nix::mount::umount2("/run/udev", nix::mount::MntFlags::MNT_DETACH).unwrap();
 }
 
 /// libudev's own reader takes no more than 8 KiB.

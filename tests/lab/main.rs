@@ -12,6 +12,7 @@ mod container;
 mod demo;
 mod enable;
 mod everything;
+mod forks;
 mod gadget;
 mod hook;
 mod hub;
@@ -67,6 +68,7 @@ fn cases() -> impl Iterator<Item = Case> {
         rootless::CASES,
         runtimes::CASES,
         hub::CASES,
+        forks::CASES,
         if has_criu { checkpoint::CASES } else { &[] },
         // The last one: what others leave in /run is gone then.
         reboot::CASES,
