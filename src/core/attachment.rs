@@ -11,6 +11,7 @@ use crate::core::facts::Facts;
 use crate::core::grammar::{Author, selection};
 use crate::core::ledger::{Holder, Node};
 use crate::core::page::escaped;
+use crate::core::page::of_version;
 use crate::core::rule::Rule;
 use crate::core::selection::Options;
 use crate::core::selector::quoted;
@@ -19,7 +20,8 @@ use crate::core::text::excerpt;
 /// Version of the format of these files.
 pub const VERSION: u32 = 1;
 
-/// A container as it is known over its restarts: by its name, or by its id where it has none. One that another user, or
+/// A container as it is known over its restarts: by its name, or by its id where it has none or where the name is not
+/// unique in its engine (`containerd:NAMESPACE/NAME`). One that another user, or
 /// another runtime, gives the same name is another one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lasting {
@@ -158,15 +160,7 @@ impl Attached {
 
     /// Reads the file with that name. Errors are in words.
     pub fn parse(name: &str, text: &[u8]) -> Result<Attached, String> {
-        #[derive(Deserialize)]
-        struct Versioned {
-            version: u32,
-        }
-        let Versioned { version } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-        if version != VERSION {
-            return Err(format!("it has version {version}, this program reads version {VERSION}"));
-        }
-        let read: Attached = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        let read: Attached = of_version(text, VERSION)?;
         if file_name(&read.container) != name {
             return Err(format!("it tells of container '{}'", excerpt(&read.container.name)));
         }

@@ -38,18 +38,23 @@ pub fn id_of(name: &str) -> Option<String> {
     String::from_utf8(bytes).ok().filter(|id| !id.is_empty())
 }
 
-/// Reads the page with that name. Errors are in words.
-pub fn parse(name: &str, text: &[u8]) -> Result<Page, String> {
-    // Its version first: of another one, nothing else need be as here.
+/// Reads a JSON text of this version, which its field `version` tells. Errors are in words.
+pub(crate) fn of_version<T: serde::de::DeserializeOwned>(text: &[u8], expected: u32) -> Result<T, String> {
+    // First of all: of another version, nothing else need be as here.
     #[derive(serde::Deserialize)]
     struct Versioned {
         version: u32,
     }
     let Versioned { version } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-    if version != VERSION {
-        return Err(format!("it has version {version}, this program writes version {VERSION}"));
+    if version != expected {
+        return Err(format!("it has version {version}, this program reads version {expected}"));
     }
-    let page: Page = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    serde_json::from_slice(text).map_err(|error| error.to_string())
+}
+
+/// Reads the page with that name. Errors are in words.
+pub fn parse(name: &str, text: &[u8]) -> Result<Page, String> {
+    let page: Page = of_version(text, VERSION)?;
     let holders = page.entries.iter().map(|entry| &entry.grant.holder);
     for holder in holders.chain(page.withdrawn.iter().map(|withdrawal| &withdrawal.holder)) {
         check_holder(name, holder)?;
@@ -178,7 +183,7 @@ mod tests {
     #[test]
     fn a_newer_version_is_told_whatever_else_is_in_it() {
         let said = parse("c-x.json", br#"{"version":99,"pages":[]}"#).unwrap_err();
-        assert_eq!(said, "it has version 99, this program writes version 1");
+        assert_eq!(said, "it has version 99, this program reads version 1");
     }
 
     proptest! {

@@ -51,7 +51,8 @@ impl Persisted {
         &self.all
     }
 
-    /// Those of the container that is meant. Where it does not run, the name has to do: of several, the first one.
+    /// Those of the container that is meant. Where it does not run, the name has to do, with its engine before it where
+    /// several have it.
     pub fn named(&self, reference: &Reference, container: Option<&Container>) -> Option<&Attached> {
         let is_meant = |attached: &&Attached| match (container, reference) {
             (Some(container), _) => attached.is_for(container),
@@ -62,7 +63,8 @@ impl Persisted {
             }
             (None, Reference::Pid(_)) => false,
         };
-        self.all.iter().find(is_meant)
+        let mut meant = self.all.iter().filter(is_meant);
+        meant.next().filter(|_| meant.next().is_none())
     }
 
     /// Whether a grant that was made for good still is one.
