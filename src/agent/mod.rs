@@ -8,6 +8,8 @@ mod refusals;
 mod registry;
 mod service;
 mod state_watch;
+mod user_watch;
+mod users;
 mod watch;
 
 use std::collections::HashSet;
@@ -233,6 +235,7 @@ fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusal
         What::Plugged(device) => reconcile::plugged(executor, registry, *device, at),
         What::Unplugged(event) => reconcile::unplugged(executor, registry, &event, at),
         What::State(place, since) => reconcile::container(executor, registry, place, since, at),
+        What::User(uid) => users::changed(executor, registry, uid, at),
         What::Cgroup(id) => reconcile::mark_again(executor, &id),
         What::Exited(token) => {
             if let Some(id) = registry.forget(token) {

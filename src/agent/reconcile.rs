@@ -16,6 +16,7 @@ use crate::core::withdrawal::{self, Presence};
 use crate::error::Error;
 use crate::ops::Executor;
 use crate::runtime::places::{Patterns, Place};
+use crate::runtime::users;
 use crate::sys::process::is_gone;
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::{block, udev};
@@ -28,6 +29,9 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     }
     for place in Patterns::of_host().places() {
         drop(registry.look_at(&executor.cgroups, place, None));
+    }
+    for uid in users::uids() {
+        drop(registry.look_at_user(&executor.cgroups, uid));
     }
     let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
     let mut desired = wanted(executor, registry, |_| true, |_| true, stays);
@@ -124,7 +128,13 @@ pub(super) fn container(
 }
 
 /// Compares all that the containers with these ids have or should have of the devices whose `DEVPATH` begins so.
-fn all_of(executor: &mut Executor, registry: &mut Registry, ids: &BTreeSet<String>, place: &str, since: Instant) {
+pub(super) fn all_of(
+    executor: &mut Executor,
+    registry: &mut Registry,
+    ids: &BTreeSet<String>,
+    place: &str,
+    since: Instant,
+) {
     if !ids.iter().any(|id| registry.containers.contains_key(id)) {
         return;
     }
@@ -189,8 +199,7 @@ fn settle_withdrawals(
     gone: Option<Number>,
 ) {
     executor.restore_ended();
-    let granted: HashSet<(u64, Number)> =
-        desired.iter().map(|grant| (grant.holder.cgroup_id, grant.device.number)).collect();
+    let granted: HashSet<_> = desired.iter().map(|grant| (grant.holder.whose(), grant.device.number)).collect();
     for known in registry.containers.values() {
         let (Some(holder), container) = (&known.holder, &known.container) else { continue };
         let numbers: BTreeSet<Number> = container.devices.iter().map(|(number, _)| *number).collect();
@@ -202,7 +211,7 @@ fn settle_withdrawals(
                 // Another one than was granted, perhaps; the host's own use of it comes first.
                 Some(device) if !has_grant(executor, holder, number) && is_used_by_host(device) => Presence::Unclear,
                 Some(device) => {
-                    Presence::Here { node: &device.node, wanted: granted.contains(&(holder.cgroup_id, number)) }
+                    Presence::Here { node: &device.node, wanted: granted.contains(&(holder.whose(), number)) }
                 }
                 None if paths.iter().any(|path| udev::has_number(number, path)) => Presence::Unclear,
                 None => Presence::Gone,
@@ -274,7 +283,10 @@ fn wanted(
         containers.iter().for_each(|known| known.desired(executor.host, &facts, &mut grants, &registry.said));
     }
     // Of a ledger that may be long, what has to do with these.
-    let place = |grant: &Grant| (grant.holder.cgroup_id, grant.node.path.clone());
+    let place = |grant: &Grant| {
+        let (cgroup, id) = grant.holder.whose();
+        (cgroup, id.to_owned(), grant.node.path.clone())
+    };
     let places: HashSet<_> = grants.iter().map(place).collect();
     let devices: HashSet<_> = grants.iter().map(|grant| grant.device.identity.clone()).collect();
     let is_near = |grant: &Grant| devices.contains(&grant.device.identity) || places.contains(&place(grant));

@@ -22,7 +22,7 @@ use crate::core::rule::Rule;
 use crate::core::selection::{Group, Selection};
 use crate::core::settings::Settings;
 use crate::error::Error;
-use crate::ops::live::{groups, hold, subject};
+use crate::ops::live::{groups, hold, own_refusal, subject};
 use crate::runtime::places::Place;
 use crate::runtime::{self, Found};
 use crate::sys::cgroup::CgroupRoot;
@@ -72,7 +72,9 @@ impl Known {
             self.groups.get()?.get(name).copied()
         };
         let (rules, bounds) = (&self.rules, &self.bounds);
-        let asking = Asking { holder, named: &self.container.devices, rules, bounds, group: &group };
+        let named = &self.container.devices;
+        let own_refusal = |device: &Device| own_refusal(holder.user, device);
+        let asking = Asking { holder, named, rules, bounds, group: &group, own_refusal: &own_refusal };
         let mut refused = Vec::new();
         asking.desired(facts, grants, &mut refused);
         for one in refused {
@@ -158,6 +160,8 @@ pub(super) struct Registry {
     pub(super) starting: BTreeMap<PathBuf, Instant>,
     pub(super) watched: Watched,
     pub(super) compared: Compared,
+    /// The last time that the containers of a user were looked at.
+    pub(super) users: HashMap<u32, Compared>,
     /// Those who are told of changes.
     pub(super) monitors: Monitors,
 }
@@ -182,6 +186,7 @@ impl Registry {
             starting: BTreeMap::new(),
             watched,
             compared: Compared { started: Instant::now(), took: Duration::ZERO, is_due: false },
+            users: HashMap::new(),
             monitors: Monitors::new(),
         }
     }
@@ -327,7 +332,7 @@ impl Registry {
 
     /// Watches a container that has grants: for writes to its cgroup, and for its end where the ledger alone knows it.
     pub(super) fn follow(&mut self, cgroups: &CgroupRoot, holder: &Holder) {
-        if !self.cgroups.contains(&holder.cgroup_id) {
+        if holder.has_filter() && !self.cgroups.contains(&holder.cgroup_id) {
             let directory = cgroups.path.join(holder.cgroup.trim_start_matches('/'));
             match self.watched.watch_cgroup(&directory, &holder.id) {
                 Ok(()) => drop(self.cgroups.insert(holder.cgroup_id)),

@@ -21,6 +21,7 @@ pub mod matcher;
 pub mod naming;
 pub mod page;
 pub mod pattern;
+pub mod permission;
 pub mod plan;
 pub mod policy;
 pub mod proof;

@@ -19,6 +19,7 @@ use crate::precreate::log::Log;
 use crate::runtime::storage;
 use crate::sys::arrival::Arrivals;
 use crate::sys::process::outer_user;
+use crate::sys::user::Account;
 
 /// A rule, or why it is none; and the annotation that it stands in.
 type Wish = (Option<String>, std::result::Result<Rule, Ignored>);
@@ -55,20 +56,28 @@ pub(super) fn subject(spec: &Value, wants_image: bool) -> Subject {
     // One that is made of a directory has no image, and that is known.
     let image = stored.as_ref().map(|stored| stored.image.clone().unwrap_or_default());
     let name = stored.and_then(|stored| stored.name);
+    let owner = outer_user();
+    // As the agent calls a user's containers.
+    let users = (owner != 0).then(|| Account::of(owner).label());
+    let of_user = |name: String| users.as_ref().map_or(name.clone(), |user| format!("{user}@{name}"));
+    let of_uid = |id: String| if owner == 0 { id } else { format!("{owner}@{id}") };
     Subject {
         // The engine that calls hooks.
         engine: Runtime::Crun.engine(),
         is_nameless: name.is_none(),
-        names: name.into_iter().chain(id).collect(),
+        names: name.map(of_user).into_iter().chain(id.map(of_uid)).collect(),
         image: image.filter(|_| wants_image),
-        owner: outer_user(),
+        owner,
+        is_users: owner != 0,
         cgroup: spec::cgroup_path(spec).unwrap_or_default(),
     }
 }
 
 /// What a person calls the container.
 fn label(subject: &Subject) -> String {
-    match &*subject.names {
+    // It is told to the user himself.
+    let names: Vec<&str> = subject.names.iter().map(|name| name.rsplit('@').next().unwrap_or(name)).collect();
+    match names[..] {
         [] => "(unknown)".into(),
         [id] => short_id(id).to_owned(),
         [name, id, ..] => format!("{name} ({})", short_id(id)),

@@ -92,6 +92,16 @@ impl Process {
         Ok(["self", "1"].into_iter().filter_map(|pid| mount_namespace(pid).ok()).any(|ours| ours == its))
     }
 
+    /// Whether its root directory is ours.
+    pub fn has_hosts_root(&self) -> std::io::Result<bool> {
+        // Without synchronisation: the file system may be of the container's making.
+        let root = |path: &str| {
+            let stat = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::BASIC_STATS)?;
+            Ok::<_, rustix::io::Errno>((stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino))
+        };
+        Ok(root(&format!("/proc/{}/root", self.pid))? == root("/")?)
+    }
+
     /// Whether it runs the same program file as the process with that number, as it does between fork(2) and execve(2).
     pub fn runs_the_program_of(&self, pid: u32) -> bool {
         // Without synchronisation: the file may be in a file system of the container's making.
@@ -143,6 +153,14 @@ pub fn is_gone(pid: u32, start_time: u64) -> bool {
             has_exited(fd.as_fd()) || stat.is_ok_and(|stat| stat.starttime != start_time)
         }
     }
+}
+
+/// The processes in the mount namespace of this one.
+pub fn sharing_mounts(pid: u32) -> Vec<u32> {
+    let Ok(its) = mount_namespace(&pid.to_string()) else { return Vec::new() };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &u32| mount_namespace(&pid.to_string()).is_ok_and(|other| other == its)).collect()
 }
 
 /// Those of these processes that have the device open, as `PID (NAME)`.
