@@ -16,6 +16,7 @@ pub mod filter_program;
 pub mod flood;
 pub mod glob;
 pub mod grammar;
+pub mod id_map;
 pub mod ledger;
 pub mod matcher;
 pub mod naming;

@@ -16,6 +16,7 @@ use crate::sys::ownership;
 use crate::sys::permission;
 use crate::sys::process::Process;
 use crate::sys::user::Account;
+use crate::sys::user_namespace::made_by;
 
 /// Finds the container that `reference` names among those given.
 pub fn lookup(containers: &[Container], reference: &Reference) -> Result<Container> {
@@ -125,13 +126,12 @@ pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<Holder> {
         return Ok(Holder::without_cgroup(container));
     }
     if process.has_own_user_namespace().map_err(look("user namespace"))? {
-        let without = match container.runtime {
-            Runtime::Lxc => "take lxc.idmap out of its configuration",
-            Runtime::Incus => "set its security.privileged to true",
-            Runtime::Nspawn => "start it with --private-users=no",
-            _ => "start it without --userns and as root",
-        };
-        return Err(refuse(format!("it has a user namespace, where device nodes cannot be opened: {without}")));
+        let made_by = made_by(container.pid).map_err(look("user namespace"))?;
+        if made_by != 0 {
+            return Err(refuse(format!(
+                "user {made_by} made its user namespace, and only containers that root started are served: start it as root"
+            )));
+        }
     }
     let (unified, v1_devices) = process.cgroups().map_err(|_| Error::ContainerExited(label.clone()))?;
     if let Some(path) = v1_devices.filter(|path| path != "/") {

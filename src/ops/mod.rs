@@ -233,11 +233,6 @@ impl Executor {
     fn make_node(&mut self, grant: &Grant) -> Result<Placement> {
         let holder = &grant.holder;
         let process = process_of(holder)?;
-        // Never by mknod: a node in a directory that the user can reach from elsewhere would outlive the grant.
-        if process.has_own_user_namespace().unwrap_or(true) {
-            let reason = "it has a user namespace, where device nodes cannot be made".to_owned();
-            return Err(Error::Refused { container: holder.label().to_owned(), reason });
-        }
         // Only a rule may take the place of a node that an unplugged device left: what a person typed may be a slip.
         let replace = matches!(grant.origin, Origin::Rule(_));
         let (number, wanted) = (grant.device.number, grant.node.clone());

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, fstat, open};
 
 use crate::sys::process::Process;
+use crate::sys::user_namespace::maker;
 
 /// Why the process is no container of that user, in words; `None` where its user namespace was made by him, and its mount
 /// namespace belongs to a user namespace that he made: then he may do everything in both anyway. The namespaces of the host
@@ -20,14 +21,14 @@ pub fn refusal(process: &Process, uid: u32) -> io::Result<Option<String>> {
     if is_same(&users, &own)? {
         return Ok(Some(format!("its process {pid} is in the user namespace of the host")));
     }
-    let owner = owner(users.as_fd())?;
+    let owner = maker(&users)?;
     if owner != uid {
         return Ok(Some(format!("its process {pid} is in a user namespace of user {owner}")));
     }
     let mounts = namespace(&pid, "mnt")?;
     let of_mounts = user_namespace_of(mounts.as_fd())?;
     let is_hosts = is_same(&of_mounts, &own)?;
-    let owner = if is_hosts { 0 } else { self::owner(of_mounts.as_fd())? };
+    let owner = if is_hosts { 0 } else { maker(&of_mounts)? };
     if is_hosts || owner != uid {
         return Ok(Some(format!("its process {pid} is in a mount namespace of user {owner}")));
     }
@@ -47,22 +48,11 @@ fn is_same(a: &OwnedFd, b: &OwnedFd) -> io::Result<bool> {
     Ok((a.st_dev, a.st_ino) == (b.st_dev, b.st_ino))
 }
 
-/// `NS_GET_OWNER_UID`: the user who made a user namespace, in our numbers.
-fn owner(namespace: BorrowedFd<'_>) -> io::Result<u32> {
-    const NS_GET_OWNER_UID: u64 = 0xb704;
-    let mut uid: libc::uid_t = 0;
-    // SAFETY: the kernel writes a uid_t to that place, which outlives the call.
-    match unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_OWNER_UID as libc::Ioctl, &raw mut uid) } {
-        0 => Ok(uid),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// `NS_GET_USERNS`: the user namespace that a namespace belongs to.
 fn user_namespace_of(namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    const NS_GET_USERNS: u64 = 0xb701;
+    const NS_GET_USERNS: libc::Ioctl = 0xb701;
     // SAFETY: this request has no argument.
-    match unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS as libc::Ioctl) } {
+    match unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS) } {
         // SAFETY: the kernel has just made this descriptor (with O_CLOEXEC, `ns_ioctl` in fs/nsfs.c) for us alone.
         fd if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),

@@ -7,6 +7,7 @@ use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::core::device::{Kind, Number};
+use crate::sys::user_namespace::UserNamespace;
 
 /// A process, held by a pidfd, so that its number cannot come to mean another one unnoticed.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub struct User {
     pub groups: Vec<u32>,
     /// Which of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH are in effect, as a bit set: they pass over permission bits.
     pub capabilities: u64,
+    /// Where it has a user namespace of its own: these capabilities are over files alone whose owner it knows.
+    pub namespace: Option<UserNamespace>,
 }
 
 impl Process {
@@ -54,11 +57,18 @@ impl Process {
 
     /// Who it is when it opens a file.
     pub fn user(&self) -> procfs::ProcResult<User> {
+        let namespace = UserNamespace::of(self.pid)?;
         /// CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH (linux/capability.h).
         const OVER_PERMISSIONS: u64 = 1 << 1 | 1 << 2;
         let status = procfs::process::Process::new(self.pid as i32)?.status()?;
         let groups = status.groups.into_iter().collect();
-        Ok(User { uid: status.fuid, gid: status.fgid, groups, capabilities: status.capeff & OVER_PERMISSIONS })
+        Ok(User {
+            uid: status.fuid,
+            gid: status.fgid,
+            groups,
+            capabilities: status.capeff & OVER_PERMISSIONS,
+            namespace,
+        })
     }
 
     /// What a security module calls it: an SELinux context, an AppArmor profile. `None` without such a module.

@@ -30,6 +30,7 @@ mod selectors;
 mod state;
 mod storm;
 mod updates;
+mod userns;
 mod verify;
 
 #[path = "../support/mod.rs"]
@@ -71,6 +72,7 @@ fn main() {
         selectors::CASES,
         policy::CASES,
         engines::CASES,
+        userns::CASES,
     ];
     let each = |(name, case): &Case| {
         let case = *case;

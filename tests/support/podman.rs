@@ -53,6 +53,19 @@ pub fn place() -> &'static Path {
     })
 }
 
+/// The host's id of the root in containers with a user namespace.
+pub const MAPPED: u32 = 100_000;
+
+/// The root file system as one that belongs to [`MAPPED`].
+fn mapped_rootfs() -> PathBuf {
+    let path = place().join("rootfs-mapped");
+    if !path.exists() {
+        run("cp", &["-a", place().join("rootfs").to_str().unwrap(), path.to_str().unwrap()]).ok();
+        run("chown", &["-hR", &format!("{MAPPED}:{MAPPED}"), path.to_str().unwrap()]).ok();
+    }
+    path
+}
+
 /// Removes all containers of this program.
 pub fn remove_all() {
     podman(&["rm", "-a", "-f", "-t", "0"]);
@@ -120,6 +133,23 @@ impl Container {
         let rootfs = format!("{}:O", place().join("rootfs").display());
         Container::try_start(global, runtime, name, options, &["--rootfs", &rootfs], command)
             .unwrap_or_else(|said| panic!("{said:?}"))
+    }
+
+    /// Starts a container that sleeps in a user namespace: its ids are those from [`MAPPED`] on.
+    pub fn start_mapped(runtime: &str, name: &str, options: &[&str]) -> Container {
+        Container::start_mapped_under(&[], runtime, name, options)
+    }
+
+    /// The same with options for podman itself.
+    pub fn start_mapped_under(global: &[&str], runtime: &str, name: &str, options: &[&str]) -> Container {
+        let rootfs = format!("{}:O", mapped_rootfs().display());
+        let map = format!("0:{MAPPED}:65536");
+        let options = [&["--uidmap", &map, "--gidmap", &map], options].concat();
+        let (root, command) = (["--rootfs", &rootfs], ["sleep", "1000"]);
+        let container = Container::try_start(global, runtime, name, &options, &root, &command);
+        // crun gives the container's root the file that its standard streams are: the host's /dev/null.
+        std::os::unix::fs::chown("/dev/null", Some(0), Some(0)).unwrap();
+        container.unwrap_or_else(|said| panic!("{said:?}"))
     }
 
     /// Starts a container from `root`, an image or `--rootfs` with a directory. The error is what podman said.
@@ -265,7 +295,10 @@ impl Bare {
             command.pre_exec(pretend_memlock)
         };
         let bare = Bare { runtime: runtime.to_owned(), id: id.to_owned() };
-        assert!(command.status().unwrap().success(), "{command:?}");
+        let status = command.status().unwrap();
+        // crun gives it to the container's root.
+        std::os::unix::fs::chown("/dev/null", Some(0), Some(0)).unwrap();
+        assert!(status.success(), "{command:?}");
         bare
     }
 }
