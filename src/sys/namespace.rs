@@ -161,7 +161,10 @@ impl Visit {
         }
         rustix::process::umask(Mode::empty());
         if let Some(mapped) = &mapped {
-            mapped.users.make_files_as_root(mapped.made_by != 0).map_err(|error| self.failed("act as its root", error))?;
+            mapped
+                .users
+                .make_files_as_root(mapped.made_by != 0)
+                .map_err(|error| self.failed("act as its root", error))?;
         }
         Ok(work(Inside { root: root.as_fd(), host: self.host, mapped: mapped.as_ref(), given_up }))
     }

@@ -26,6 +26,7 @@ mod precreate;
 mod refusals;
 mod refused_containers;
 mod refused_destinations;
+mod rootless;
 mod selectors;
 mod state;
 mod storm;
@@ -72,6 +73,7 @@ fn main() {
         selectors::CASES,
         policy::CASES,
         engines::CASES,
+        rootless::CASES,
         userns::CASES,
     ];
     let each = |(name, case): &Case| {

@@ -13,7 +13,7 @@ use super::{Said, run};
 pub const RUNTIMES: [&str; 2] = ["runc", "crun"];
 
 /// What runs here without CAP_SYS_RESOURCE.
-const MODEST: [&str; 7] = [
+pub const MODEST: [&str; 7] = [
     "--security-opt",
     "seccomp=unconfined",
     "--pids-limit=-1",
