@@ -57,7 +57,8 @@ impl User {
         user
     }
 
-    fn first_id(&self) -> u32 {
+    /// The first of the ids that containers map to 1 and so on.
+    pub fn first_id(&self) -> u32 {
         self.uid * SUBORDINATE % 2_000_000_000
     }
 
