@@ -14,6 +14,7 @@ mod hostile;
 mod kernel_bpf;
 mod marks;
 mod nodes;
+mod permission;
 mod probe;
 mod refused;
 mod stage;
@@ -42,6 +43,7 @@ fn main() {
         attach::TESTS,
         unfit::TESTS,
         block::TESTS,
+        permission::TESTS,
         probe::TESTS,
         explain::TESTS,
     ]
