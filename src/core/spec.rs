@@ -112,6 +112,12 @@ pub fn note_at_start(spec: &mut Value, paths: &[String]) {
     }
 }
 
+/// Whether it will have a user namespace: there runtimes bind the host's nodes.
+pub fn has_user_namespace(spec: &Value) -> bool {
+    let namespaces = spec.pointer("/linux/namespaces").and_then(Value::as_array);
+    namespaces.is_some_and(|all| all.iter().any(|one| one.get("type").and_then(Value::as_str) == Some("user")))
+}
+
 fn mount_sources(spec: &Value) -> impl Iterator<Item = &str> {
     let mounts = spec.get("mounts").and_then(Value::as_array).into_iter().flatten();
     mounts.filter_map(|mount| mount.get("source")?.as_str())

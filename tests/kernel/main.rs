@@ -12,6 +12,7 @@ mod filter;
 mod foreign;
 mod hostile;
 mod kernel_bpf;
+mod mapped;
 mod marks;
 mod nodes;
 mod permission;
@@ -38,6 +39,7 @@ fn main() {
         standing::TESTS,
         refused::TESTS,
         nodes::TESTS,
+        mapped::TESTS,
         hostile::TESTS,
         foreign::TESTS,
         attach::TESTS,

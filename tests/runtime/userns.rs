@@ -5,8 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use serde_json::Value;
 
 use crate::Case;
-use crate::attach::REFUSED;
-use crate::exact::{Exact, STICK, compare, expect};
+use crate::exact::{Exact, STICK, compare, expect, mounts};
 use crate::plug::{Plugged, block, console};
 use crate::selectors::asks;
 use crate::state::{entries, ledger};
@@ -29,15 +28,10 @@ fn host(device: &Plugged) -> (u64, u64, u32, u32, u32, u64, i64, i64) {
     (it.dev(), it.ino(), it.mode(), it.uid(), it.gid(), it.nlink(), it.ctime(), it.ctime_nsec())
 }
 
-/// Mounts in the container, by their place.
-fn mounts(c: &Container) -> Vec<String> {
-    let text = std::fs::read_to_string(format!("/proc/{}/mountinfo", c.pid())).unwrap();
-    text.lines().map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect()
-}
-
 fn attached_opened_and_detached(runtime: &str) {
     let devices = [block(41).owned_by(0, 20, 0o660), console(41).owned_by(0, 20, 0o660)];
     let c = Container::start_mapped(runtime, "qmh-mapped", &[]);
+    qm(&["agent", "--release"]).ok();
     let without = (Exact::of(&[&c]), mounts(&c));
     for with_agent in [false, true] {
         let agent = with_agent.then(Agent::start);
@@ -57,6 +51,7 @@ fn attached_opened_and_detached(runtime: &str) {
             assert_eq!(host(device), before, "the host's node is as it was");
 
             qm(&["detach", &c.name, &device.path]).ok();
+            qm(&["detach", &c.name, "/dev/a/b/mine"]).ok();
             assert_eq!((c.node(&device.path), c.node("/dev/a")), (None, None));
             assert_eq!((grants().len(), entries().len(), ledger().len()), (0, 0, 0));
             assert_eq!(host(device), before, "the host's node is as it was");
@@ -147,23 +142,37 @@ fn an_agent_that_starts_makes_it_exact(runtime: &str) {
     assert_eq!((c.node("/dev/a"), c.node("/dev/c"), grants().len()), (None, None, 0));
 }
 
+/// The runtime binds the host's node, whose owner is a stranger inside; what only its owner may open comes from the agent.
 fn what_was_there_at_the_start(runtime: &str) {
-    let device = console(43);
-    let asked = asks("x", "devname=/dev/vcsa43;as=/dev/screen");
+    let (open, shut) = (console(43).owned_by(0, 0, 0o666), console(44).owned_by(0, 20, 0o660));
+    let asked = [
+        asks("open", "devname=/dev/vcsa43"),
+        asks("shut", "devname=/dev/vcsa44"),
+        asks("as", "devname=/dev/vcsa43;as=/dev/x/y"),
+    ];
+    let asked = asked.each_ref().map(String::as_str);
     let hooks = crate::precreate::hooks();
-    let c = Container::start_mapped_under(&["--hooks-dir", &hooks], runtime, "qmh-mapped-hook", &[&asked]);
-    let (start, before) = (c.node("/dev/screen"), host(&device));
-    assert_eq!(start, Some(device.describe()), "the runtime has bound the host's node");
-    let agent = Agent::start();
-    wait_for("the grant", || grants().len() == 1);
-    assert_eq!(host(&device), before, "the host's node is as it was");
-    device.unplug();
-    wait_for("it to go", || grants().is_empty() && c.node("/dev/screen").is_none());
-    device.again();
-    wait_for("it to be back", || grants().len() == 1);
-    assert!(c.opens("<", "/dev/screen"), "{:?}", c.open("<", "/dev/screen"));
-    assert!(c.node("/dev/screen").unwrap().contains(" 100000:"), "{:?}", c.node("/dev/screen"));
-    drop(agent);
+    let before = [host(&open), host(&shut)];
+    let c = Container::start_mapped_under(&["--hooks-dir", &hooks], runtime, "qmh-mapped-hook", &asked);
+    let nodes = || [&*open.path, &shut.path, "/dev/x/y"].map(|path| c.node(path));
+    // crun makes a node of its own on a file system of the host's, as we do.
+    let at_start = if runtime == "runc" { open.describe() } else { "c 7:171 100000:100000 0644".into() };
+    assert_eq!(nodes(), [Some(at_start.clone()), None, None]);
+    assert!(c.opens("<>", &open.path));
+    let _agent = Agent::start();
+    wait_for("the grants", || grants().len() == 3);
+    let ours = |number: u32, gid: u32, mode: &str| Some(format!("c 7:{number} 100000:{gid} {mode}"));
+    assert_eq!(nodes(), [Some(at_start), ours(172, 100_020, "0660"), ours(171, 100_000, "0666")]);
+    assert!(c.opens("<>", &shut.path) && c.opens("<>", "/dev/x/y"));
+    assert_eq!([host(&open), host(&shut)], before, "the host's nodes are as they were");
+    open.unplug();
+    wait_for("it to go", || grants().len() == 1);
+    assert_eq!(nodes(), [None, ours(172, 100_020, "0660"), None]);
+    // It comes back as one of ours.
+    open.again();
+    wait_for("it to be back", || grants().len() == 3);
+    assert!(c.node(&open.path).unwrap().starts_with("c 7:171 100000:"), "{:?}", nodes());
+    assert!(c.opens("<", &open.path) && c.opens("<", "/dev/x/y"));
 }
 
 fn what_the_container_does_to_its_node(runtime: &str) {
@@ -178,7 +187,7 @@ fn what_the_container_does_to_its_node(runtime: &str) {
     assert!(c.opens("<", "/tmp/copy"));
     qm(&["detach", &c.name, &device.path]).ok();
     assert_eq!(c.node(&device.path), None);
-    assert_eq!(c.open("<", "/tmp/copy"), REFUSED.map_err(Into::into));
+    assert_eq!(c.open("<", "/tmp/copy"), Err("Permission denied".into()), "root of the container is a stranger to it");
     assert_eq!(c.node("/tmp/copy").unwrap(), "b 7:44 0:0 0000");
     let pid = c.pid().to_string();
     let past = crate::support::run(

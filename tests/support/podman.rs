@@ -258,57 +258,6 @@ pub fn describe(found: &Metadata) -> String {
     format!("{kind} {major}:{minor} {}:{} {:04o}", found.uid(), found.gid(), found.mode() & 0o7777)
 }
 
-/// A container that runc or crun runs by itself, removed when dropped. For what podman cannot make on storage like ours.
-pub struct Bare {
-    runtime: String,
-    pub id: String,
-}
-
-impl Bare {
-    /// Starts one that sleeps in a user namespace.
-    pub fn start_in_user_namespace(runtime: &str, id: &str) -> Bare {
-        let bundle = place().join(id);
-        let _ = std::fs::remove_dir_all(&bundle);
-        std::fs::create_dir_all(&bundle).unwrap();
-        std::fs::set_permissions(&bundle, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let bundle = bundle.to_str().unwrap();
-        let config = format!("{bundle}/config.json");
-        let said: Said = Command::new(runtime).arg("spec").current_dir(bundle).output().unwrap().into();
-        said.ok();
-        let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
-        spec["process"]["terminal"] = false.into();
-        spec["process"]["args"] = serde_json::json!(["sleep", "1000"]);
-        spec["process"].as_object_mut().unwrap().remove("rlimits");
-        spec["root"] = serde_json::json!({ "path": place().join("rootfs"), "readonly": true });
-        let map = serde_json::json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
-        spec["linux"]["uidMappings"] = map.clone();
-        spec["linux"]["gidMappings"] = map;
-        spec["linux"]["namespaces"].as_array_mut().unwrap().push(serde_json::json!({ "type": "user" }));
-        std::fs::write(&config, spec.to_string()).unwrap();
-        let mut command = Command::new(runtime);
-        command.args(["run", "--detach", "--bundle", bundle, id]);
-        // A detached container keeps its standard streams: they must not be ours to wait for.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        // SAFETY: the child only makes one system call before exec.
-        #[allow(unsafe_code)]
-        unsafe {
-            command.pre_exec(pretend_memlock)
-        };
-        let bare = Bare { runtime: runtime.to_owned(), id: id.to_owned() };
-        let status = command.status().unwrap();
-        // crun gives it to the container's root.
-        std::os::unix::fs::chown("/dev/null", Some(0), Some(0)).unwrap();
-        assert!(status.success(), "{command:?}");
-        bare
-    }
-}
-
-impl Drop for Bare {
-    fn drop(&mut self) {
-        let _ = Command::new(&self.runtime).args(["delete", "--force", &self.id]).output();
-    }
-}
-
 /// Lets `setrlimit(RLIMIT_MEMLOCK)` succeed without effect, by a seccomp filter on podman and its children. crun before
 /// 1.9 raises that limit before it loads its device filter and gives up where CAP_SYS_RESOURCE is missing, as in many a
 /// virtual machine; kernels since 5.11 do not look at the limit.
