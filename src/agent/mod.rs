@@ -7,9 +7,13 @@ mod news;
 mod reconcile;
 mod refusals;
 mod registry;
+mod said;
 mod service;
 mod state_watch;
+mod user_watch;
+mod users;
 mod watch;
+mod withdrawals;
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -234,6 +238,7 @@ fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusal
         What::Plugged(device, told) => reconcile::plugged(executor, registry, *device, &told, at),
         What::Unplugged(event) => reconcile::unplugged(executor, registry, &event, at),
         What::State(place, since) => reconcile::container(executor, registry, place, since, at),
+        What::User(uid) => users::changed(executor, registry, uid, at),
         What::Cgroup(id) => reconcile::mark_again(executor, &id),
         What::Exited(token) => {
             if let Some(id) = registry.forget(token) {

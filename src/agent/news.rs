@@ -32,6 +32,8 @@ pub(super) enum What {
     Lost,
     /// What is at a container's place appeared or changed, or is to be looked at again since it was starting then.
     State(Place, Option<Instant>),
+    /// Something changed in the runtime directory of an ordinary user.
+    User(u32),
     /// Somebody wrote to the cgroup of the container with this id.
     Cgroup(String),
     /// The process with this token ended.
@@ -45,6 +47,7 @@ pub(super) enum What {
 /// identity, so its last event takes back what the ones before had left. What udevd told of a device that stays is kept.
 pub(super) fn newest(mut all: Vec<News>) -> Vec<News> {
     let (mut devices, mut cgroups, mut places, mut is_lost) = (HashMap::new(), HashSet::new(), HashSet::new(), false);
+    let mut users = HashSet::new();
     let mut kept: Vec<News> = Vec::with_capacity(all.len());
     while let Some(news) = all.pop() {
         let counts = match &news.what {
@@ -75,6 +78,7 @@ pub(super) fn newest(mut all: Vec<News>) -> Vec<News> {
             },
             What::Cgroup(id) => cgroups.insert(id.clone()),
             What::State(place, None) => places.insert(place.path.clone()),
+            What::User(uid) => users.insert(*uid),
             What::Lost => !std::mem::replace(&mut is_lost, true),
             _ => true,
         };

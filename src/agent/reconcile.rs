@@ -4,20 +4,21 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Instant;
 
 use crate::agent::registry::{Known, Later, Registry};
+use crate::agent::withdrawals;
 use crate::core::device::{Device, Kind, Number};
 use crate::core::event::{Changed, Event};
 use crate::core::facts::{Facts, usb_bus};
-use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement, Withdrawal};
+use crate::core::ledger::{Entry, Grant, Origin, Placement};
 use crate::core::matcher;
 use crate::core::mirror::Told;
 use crate::core::plan::{Change, changes};
 use crate::core::rule::Rule;
 use crate::core::uevent::Uevent;
-use crate::core::withdrawal::{self, Presence};
 use crate::error::Error;
 use crate::ops::Executor;
 use crate::ops::mirror::Concern;
 use crate::runtime::places::{Patterns, Place};
+use crate::runtime::users;
 use crate::sys::process::is_gone;
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::{block, udev};
@@ -31,6 +32,9 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     for place in Patterns::of_host().places() {
         drop(registry.look_at(&executor.cgroups, place, None));
     }
+    for uid in users::uids() {
+        drop(registry.look_at_user(&executor.cgroups, uid));
+    }
     let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
     let mut desired = wanted(executor, registry, |_| true, |_| true, stays);
     if let Err(error) = executor.adopt(&desired) {
@@ -38,7 +42,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     }
     let observed = executor.ledger.entries().cloned().collect::<Vec<_>>();
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
-    settle_withdrawals(executor, registry, &desired, |_, _| true, None);
+    withdrawals::settle(executor, registry, &desired, |_, _| true, None);
     drop(carry_out(executor, registry, &desired, &observed, goes_with_node, None));
     let asking = registry.containers.values().filter(|known| !known.rules.is_empty());
     for holder in asking.filter_map(|known| known.holder.as_ref()) {
@@ -70,7 +74,7 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
     let all = observed.iter().map(|entry| &entry.grant).chain(&desired).map(concern).collect::<Vec<_>>();
     executor.mirror(&all, told, |holder| registry.wish(holder));
-    settle_withdrawals(executor, registry, &desired, |_, its| its == number, None);
+    withdrawals::settle(executor, registry, &desired, |_, its| its == number, None);
     let has_gone = |entry: &Entry| !desired.iter().any(|grant| grant.is_same(&entry.grant));
     let gone: Vec<Entry> = observed.into_iter().filter(has_gone).collect();
     freed(executor, registry, &gone);
@@ -84,7 +88,7 @@ pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event:
     // The first withdrawal loads a program, which takes as long as a hundred removals: they go first.
     let (from_start, others): (Vec<_>, Vec<_>) = observed.into_iter().partition(|entry| entry.grant.at_start);
     let mut concerns = carry_out(executor, registry, &[], &others, |_| true, Some(since));
-    settle_withdrawals(executor, registry, &[], |_, its| its == event.number, Some(event.number));
+    withdrawals::settle(executor, registry, &[], |_, its| its == event.number, Some(event.number));
     concerns.extend(carry_out(executor, registry, &[], &from_start, |_| true, Some(since)));
     executor.mirror(&concerns, &[], |holder| registry.wish(holder));
     registry.devices.remove(devpath);
@@ -139,7 +143,13 @@ pub(super) fn container(
 }
 
 /// Compares all that the containers with these ids have or should have of the devices whose `DEVPATH` begins so.
-fn all_of(executor: &mut Executor, registry: &mut Registry, ids: &BTreeSet<String>, place: &str, since: Instant) {
+pub(super) fn all_of(
+    executor: &mut Executor,
+    registry: &mut Registry,
+    ids: &BTreeSet<String>,
+    place: &str,
+    since: Instant,
+) {
     if !ids.iter().any(|id| registry.containers.contains_key(id)) {
         return;
     }
@@ -158,7 +168,7 @@ fn all_of(executor: &mut Executor, registry: &mut Registry, ids: &BTreeSet<Strin
     let numbers: HashSet<Number> = of_devices.chain(observed.iter().map(|entry| entry.grant.device.number)).collect();
     let is_its =
         |known: &Known, number| ids.contains(&known.container.id) && (place.is_empty() || numbers.contains(&number));
-    settle_withdrawals(executor, registry, &desired, is_its, None);
+    withdrawals::settle(executor, registry, &desired, is_its, None);
     let concerns = carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
     executor.mirror(&concerns, &[], |holder| registry.wish(holder));
 }
@@ -195,80 +205,6 @@ pub(super) fn freed(executor: &mut Executor, registry: &mut Registry, gone: &[En
     registry.later.ids.extend(ids.cloned());
 }
 
-/// Withdraws what runtimes granted at a container's start where that is due, and lets it hold again where not: for the
-/// containers and numbers that pass the test, of which `desired` has all grants. `gone` is a number whose device was just
-/// unplugged.
-fn settle_withdrawals(
-    executor: &mut Executor,
-    registry: &Registry,
-    desired: &[Grant],
-    test: impl Fn(&Known, Number) -> bool,
-    gone: Option<Number>,
-) {
-    executor.restore_ended();
-    let granted: HashSet<(u64, Number)> =
-        desired.iter().map(|grant| (grant.holder.cgroup_id, grant.device.number)).collect();
-    for known in registry.containers.values() {
-        let (Some(holder), container) = (&known.holder, &known.container) else { continue };
-        let numbers: BTreeSet<Number> = container.devices.iter().map(|(number, _)| *number).collect();
-        for number in numbers.into_iter().filter(|number| test(known, *number)) {
-            let paths = container.devices.iter().filter(|(its, _)| *its == number).map(|(_, path)| path.as_str());
-            let paths: Vec<&str> = paths.collect();
-            let presence = || match registry.devices.values().find(|device| device.number == number) {
-                _ if gone == Some(number) => Presence::Gone,
-                // Another one than was granted, perhaps; the host's own use of it comes first.
-                Some(device) if !has_grant(executor, holder, number) && is_used_by_host(device) => Presence::Unclear,
-                Some(device) => {
-                    Presence::Here { node: &device.node, wanted: granted.contains(&(holder.cgroup_id, number)) }
-                }
-                None if paths.iter().any(|path| udev::has_number(number, path)) => Presence::Unclear,
-                None => Presence::Gone,
-            };
-            let is_withdrawn = executor.is_withdrawn(holder, number);
-            let is_granted = has_grant(executor, holder, number);
-            let due =
-                withdrawal::is_due(&known.rules, &known.at_start, number, &paths, is_withdrawn || is_granted, presence);
-            let result = match (due, is_withdrawn) {
-                // Also what is withdrawn already: the act may have failed.
-                (Some(true), _) => executor.withdraw(holder, number).map(|()| {
-                    if !is_withdrawn && !is_granted {
-                        paths.iter().for_each(|path| executor.remove_stale_node(holder, number, path));
-                    }
-                }),
-                (Some(false), true) => executor.restore(&Withdrawal { holder: holder.clone(), number }),
-                _ => Ok(()),
-            };
-            if let Err(error) = result {
-                tracing::error!(container = holder.label(), device = %number, "{}", error.chain());
-            }
-            // Another device that it asks for has the number now, under another name: this one is not that device's.
-            let is_here = due == Some(false) && gone != Some(number);
-            for path in paths.iter().filter(|path| is_here && known.at_start.iter().any(|its| its == *path)) {
-                let is_at = |grant: &Grant| grant.holder.is_same_run(holder) && grant.node.path == **path;
-                let is_known =
-                    desired.iter().any(is_at) || executor.ledger.of(&holder.id).any(|entry| is_at(&entry.grant));
-                if !is_known {
-                    executor.remove_stale_node(holder, number, path);
-                }
-            }
-        }
-    }
-}
-
-/// Whether the ledger holds a rule's grant of that number, which the container has from its start.
-fn has_grant(executor: &Executor, holder: &Holder, number: Number) -> bool {
-    executor.ledger.of(&holder.id).map(|entry| &entry.grant).any(|grant| {
-        grant.at_start
-            && grant.origin != Origin::Manual
-            && grant.device.number == number
-            && grant.holder.is_same_run(holder)
-    })
-}
-
-fn is_used_by_host(device: &Device) -> bool {
-    device.number.kind == Kind::Block && block::in_use(&device.node, device.number).is_some()
-}
-
 fn entries(executor: &Executor, test: impl Fn(&Entry) -> bool) -> Vec<Entry> {
     executor.ledger.entries().filter(|entry| test(entry)).cloned().collect()
 }
@@ -291,7 +227,10 @@ fn wanted(
         containers.iter().for_each(|known| known.desired(executor.host, &facts, &mut grants, &registry.said));
     }
     // Of a ledger that may be long, what has to do with these.
-    let place = |grant: &Grant| (grant.holder.cgroup_id, grant.node.path.clone());
+    let place = |grant: &Grant| {
+        let (cgroup, id) = grant.holder.whose();
+        (cgroup, id.to_owned(), grant.node.path.clone())
+    };
     let places: HashSet<_> = grants.iter().map(place).collect();
     let devices: HashSet<_> = grants.iter().map(|grant| grant.device.identity.clone()).collect();
     let is_near = |grant: &Grant| devices.contains(&grant.device.identity) || places.contains(&place(grant));

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use crate::agent::registry::Registry;
+use crate::agent::registry::{Known, Registry};
 use crate::core::event::{Event, Refused};
 use crate::core::facts::Facts;
 use crate::core::naming::suggestion;
@@ -59,8 +59,10 @@ impl Refusals {
     /// Watches the containers that run and ask for something, and no others.
     pub(super) fn follow(&mut self, executor: &mut Executor, registry: &Registry) {
         let asking = registry.containers.values().filter(|known| !known.rules.is_empty());
+        let cgroup =
+            |known: &'_ Known| known.holder.as_ref().filter(|holder| holder.has_filter()).map(|it| it.cgroup_id);
         let desired: BTreeMap<u64, &str> =
-            asking.filter_map(|known| Some((known.holder.as_ref()?.cgroup_id, known.container.id.as_str()))).collect();
+            asking.filter_map(|known| Some((cgroup(known)?, known.container.id.as_str()))).collect();
         let is_same =
             |(desired, watched): ((&u64, &&str), (&u64, &String))| desired == (watched.0, &watched.1.as_str());
         if desired.len() == self.watched.len() && desired.iter().zip(&self.watched).all(is_same) {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::agent::Compared;
 use crate::agent::monitors::Monitors;
+use crate::agent::said::Said;
 use crate::agent::watch::Watched;
 use crate::config;
 use crate::core::annotation::{AT_START, Ignored, rules};
@@ -23,7 +24,7 @@ use crate::core::rule::Rule;
 use crate::core::selection::{Group, Selection};
 use crate::core::settings::Settings;
 use crate::error::Error;
-use crate::ops::live::{groups, hold, subject};
+use crate::ops::live::{groups, hold, own_refusal, subject};
 use crate::runtime::places::Place;
 use crate::runtime::{self, Found};
 use crate::sys::cgroup::CgroupRoot;
@@ -73,7 +74,9 @@ impl Known {
             self.groups.get()?.get(name).copied()
         };
         let (rules, bounds) = (&self.rules, &self.bounds);
-        let asking = Asking { holder, named: &self.container.devices, rules, bounds, group: &group };
+        let named = &self.container.devices;
+        let own_refusal = |device: &Device| own_refusal(holder.user, device);
+        let asking = Asking { holder, named, rules, bounds, group: &group, own_refusal: &own_refusal };
         let mut refused = Vec::new();
         asking.desired(facts, grants, &mut refused);
         for one in refused {
@@ -95,30 +98,6 @@ impl Known {
     /// The selectors that it asks with.
     pub(super) fn selections(&self) -> impl Iterator<Item = &Selection> {
         self.rules.iter().filter_map(Rule::selection)
-    }
-}
-
-/// How much of what was said is remembered.
-const REMEMBERED: usize = 10_000;
-
-/// What was said of containers, so that it is not said again at each event.
-#[derive(Debug, Default)]
-pub(super) struct Said(RefCell<BTreeSet<(String, String)>>);
-
-impl Said {
-    /// Warns, if that was not said before of the container with this id.
-    pub(super) fn once(&self, id: &str, container: &str, text: String) {
-        let mut said = self.0.borrow_mut();
-        if said.len() >= REMEMBERED {
-            said.clear();
-        }
-        if said.insert((id.to_owned(), text.clone())) {
-            tracing::warn!(container, "{text}");
-        }
-    }
-
-    fn forget(&self, id: &str) {
-        self.0.borrow_mut().retain(|(its, _)| its != id);
     }
 }
 
@@ -159,6 +138,8 @@ pub(super) struct Registry {
     pub(super) starting: BTreeMap<PathBuf, Instant>,
     pub(super) watched: Watched,
     pub(super) compared: Compared,
+    /// The last time that the containers of a user were looked at.
+    pub(super) users: HashMap<u32, Compared>,
     /// Those who are told of changes.
     pub(super) monitors: Monitors,
 }
@@ -183,6 +164,7 @@ impl Registry {
             starting: BTreeMap::new(),
             watched,
             compared: Compared { started: Instant::now(), took: Duration::ZERO, is_due: false },
+            users: HashMap::new(),
             monitors: Monitors::new(),
         }
     }
@@ -334,7 +316,7 @@ impl Registry {
 
     /// Watches a container that has grants: for writes to its cgroup, and for its end where the ledger alone knows it.
     pub(super) fn follow(&mut self, cgroups: &CgroupRoot, holder: &Holder) {
-        if !self.cgroups.contains(&holder.cgroup_id) {
+        if holder.has_filter() && !self.cgroups.contains(&holder.cgroup_id) {
             let directory = cgroups.path.join(holder.cgroup.trim_start_matches('/'));
             match self.watched.watch_cgroup(&directory, &holder.id) {
                 Ok(()) => drop(self.cgroups.insert(holder.cgroup_id)),

@@ -15,6 +15,7 @@ use tokio::sync::mpsc::{Sender, WeakSender};
 
 use crate::agent::news::{News, What};
 use crate::agent::state_watch::{CgroupWatch, Changed, StateWatch};
+use crate::agent::user_watch::UserWatch;
 use crate::core::uevent::{Action, Uevent, parse};
 use crate::runtime::places::{Patterns, Place};
 use crate::sys::ring::Ring;
@@ -26,6 +27,7 @@ const UDEV: u64 = 1;
 const STATE: u64 = 2;
 const REFUSED: u64 = 3;
 const PULSE: u64 = 4;
+const USERS: u64 = 5;
 /// Tokens from here on stand for processes.
 const FIRST_PROCESS: u64 = 16;
 
@@ -109,17 +111,23 @@ impl Watched {
 pub(super) fn start(news: Sender<News>) -> io::Result<Watched> {
     let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
     let (kernel, udev, state) = (Uevents::of_kernel()?, Uevents::of_udev()?, StateWatch::start(Patterns::of_host())?);
+    let users = UserWatch::start()?;
     let questions = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let pulse = Arc::new(Pulse { questions, answered: AtomicU64::new(0) });
-    let sources =
-        [(kernel.as_fd(), KERNEL), (udev.as_fd(), UDEV), (state.as_fd(), STATE), (pulse.questions.as_fd(), PULSE)];
+    let sources = [
+        (kernel.as_fd(), KERNEL),
+        (udev.as_fd(), UDEV),
+        (state.as_fd(), STATE),
+        (users.as_fd(), USERS),
+        (pulse.questions.as_fd(), PULSE),
+    ];
     for (source, token) in sources {
         epoll::add(&*epoll, source, EventData::new_u64(token), EventFlags::IN)?;
     }
     let (its_pulse, cgroups, its_news) = (Arc::clone(&pulse), state.cgroups(), news.downgrade());
     let watched = Watched { epoll: Arc::clone(&epoll), next: FIRST_PROCESS, cgroups, pulse, asked: 0, news: its_news };
     let had_udevd = udev::is_running();
-    let watch = Watch { kernel, udev, state, news, pulse: its_pulse, overflowed: false, had_udevd };
+    let watch = Watch { kernel, udev, state, users, news, pulse: its_pulse, overflowed: false, had_udevd };
     std::thread::Builder::new().name("watch".into()).spawn(move || watch.run(&epoll))?;
     Ok(watched)
 }
@@ -128,6 +136,7 @@ struct Watch {
     kernel: Uevents,
     udev: Uevents,
     state: StateWatch,
+    users: UserWatch,
     news: Sender<News>,
     pulse: Arc<Pulse>,
     /// News did not fit into the channel: everything must be compared.
@@ -149,7 +158,7 @@ impl Watch {
         let mut events = Vec::with_capacity(64);
         while !self.news.is_closed() {
             events.clear();
-            let timeout = self.overflowed.then_some(&RETRY);
+            let timeout = (self.overflowed || self.users.is_early()).then_some(&RETRY);
             match epoll::wait(epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return tracing::error!("cannot wait for events: {errno}"),
@@ -157,6 +166,10 @@ impl Watch {
             if self.overflowed {
                 self.overflowed = false;
                 self.tell(What::Lost);
+            }
+            if self.users.is_early() {
+                let users = self.users.look_again();
+                users.into_iter().for_each(|uid| self.tell(What::User(uid)));
             }
             // The kernel's events first: its "remove" of a device comes before udev's "add" of the next one.
             let mut tokens: Vec<u64> = events.iter().map(|event| event.data.u64()).collect();
@@ -167,6 +180,10 @@ impl Watch {
                     UDEV => self.read_kernel().and_then(|()| self.read_udev()),
                     STATE => {
                         self.read_state();
+                        Ok(())
+                    }
+                    USERS => {
+                        self.read_users();
                         Ok(())
                     }
                     REFUSED => {
@@ -259,6 +276,13 @@ impl Watch {
             }
         }
         Ok(())
+    }
+
+    fn read_users(&mut self) {
+        match self.users.receive() {
+            Ok(users) => users.into_iter().for_each(|uid| self.tell(What::User(uid))),
+            Err(error) => tracing::warn!("inotify on the directories of users: {error}"),
+        }
     }
 
     fn read_state(&mut self) {

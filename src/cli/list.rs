@@ -42,13 +42,17 @@ pub(super) fn run(args: Args) -> Result<()> {
                 grant.device.clone(),
                 format!("{} {}:{}", grant.kind.letter(), grant.major, grant.minor),
                 grant.access.to_string(),
+                grant.right.clone(),
                 format!("{:04o} {}:{}", grant.mode, grant.uid, grant.gid),
                 grant.node.clone(),
                 format!("{}{}", grant.origin, if grant.persist { "+persist" } else { "" }),
                 grant.note.clone().unwrap_or_default(),
             ]
         });
-        output::table(&["CONTAINER", "PATH", "DEVICE", "NUMBER", "ACCESS", "MODE", "NODE", "ORIGIN", "NOTE"], rows)?;
+        output::table(
+            &["CONTAINER", "PATH", "DEVICE", "NUMBER", "ACCESS", "RIGHT", "MODE", "NODE", "ORIGIN", "NOTE"],
+            rows,
+        )?;
     }
     if !has_agent {
         eprintln!("no agent: plugs and unplugs are not followed");

@@ -63,7 +63,7 @@ fn get(facts: &Situation<'_>, is_taken: bool) -> String {
         false => attach(facts),
     };
     let asks_for = |ask: &Ask| match (&ask.rule, facts.device) {
-        (Ok(rule), Some(device)) => allowed(rule, facts.bounds, device).is_ok(),
+        (Ok(rule), Some(device)) => allowed(rule, facts, device).is_ok(),
         _ => false,
     };
     if facts.asks.iter().any(asks_for) {
@@ -80,9 +80,12 @@ fn get(facts: &Situation<'_>, is_taken: bool) -> String {
     }
     let refused = |ask: &Ask| {
         let (rule, device) = (ask.rule.as_ref().ok()?, facts.device?);
-        rule.matches(device).and_then(|_| allowed(rule, facts.bounds, device).err())
+        rule.matches(device).and_then(|_| allowed(rule, facts, device).err())
     };
     if let Some(reason) = facts.asks.iter().find_map(refused) {
+        if facts.own_refusal.as_ref() == Some(&reason) {
+            return format!("give the user that permission as said above, or {attach}");
+        }
         return format!(
             "change the policy ({reason}), and have it read: systemctl kill -s HUP qm-hotplug; or {attach}"
         );

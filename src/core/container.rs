@@ -71,9 +71,10 @@ pub fn split_engine(text: &str) -> Result<(Option<&'static str>, &str), String> 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Container {
     /// Unique on the host: 64 hexadecimal digits where the engine gives such, else the engine and what is unique there,
-    /// `containerd:NAMESPACE/NAME`, `lxc:NAME`, `nspawn:NAME`, or `pid:N`.
+    /// `containerd:NAMESPACE/NAME`, `lxc:NAME`, `nspawn:NAME`, or `pid:N`; for an ordinary user's `UID@` and what is unique
+    /// among his.
     pub id: String,
-    /// The name that a person gave it, where one is known.
+    /// The name that a person gave it, where one is known; `USER@NAME` for an ordinary user's.
     pub name: Option<String>,
     /// Which runtime's state it was read from.
     pub runtime: Runtime,
@@ -95,7 +96,36 @@ pub struct Container {
     pub owner: u32,
 }
 
+/// How long a user's name for a container, or an id, may be: it becomes a part of a file's name.
+const LONGEST: usize = 128;
+
 impl Container {
+    /// The ordinary user whose engine runs it, where it is not root's: its id and its name begin with `USER@`, and nothing
+    /// that is known of it is more than that user's word.
+    pub fn user(&self) -> Option<u32> {
+        (self.owner != 0 && matches!(self.runtime, Runtime::Crun | Runtime::Runc)).then_some(self.owner)
+    }
+
+    /// Makes it the container of an ordinary user, whom the host may have a name for: id and name get a beginning that
+    /// is his, so that they are never those of another one. What his engine's state says of rights does not count. A
+    /// name that could be read in two ways is left out. `None` where its id is none that an engine gives.
+    pub fn of_user(self, uid: u32, user: Option<&str>) -> Option<Container> {
+        let is_plain = |text: &str| {
+            (1..=LONGEST).contains(&text.len())
+                && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
+        };
+        // A name of digits alone would be taken for the number of another user.
+        let is_name = |user: &&str| is_plain(user) && !user.bytes().all(|byte| byte.is_ascii_digit());
+        let user = user.filter(is_name).map_or_else(|| uid.to_string(), str::to_owned);
+        is_plain(&self.id).then(|| Container {
+            id: format!("{uid}@{}", self.id),
+            name: self.name.as_deref().filter(|name| is_plain(name)).map(|name| format!("{user}@{name}")),
+            owner: uid,
+            devices: Vec::new(),
+            ..self
+        })
+    }
+
     /// Its id without the engine before it.
     pub fn bare_id(&self) -> &str {
         let rest = self.id.strip_prefix(self.runtime.engine()).and_then(|rest| rest.strip_prefix(':'));
@@ -125,9 +155,16 @@ impl Container {
     }
 }
 
-/// The first twelve characters of a long hexadecimal id; other ids stay whole.
+/// The first twelve characters of a long hexadecimal id, after the user that may stand before it; other ids stay whole.
 pub fn short_id(id: &str) -> &str {
-    if id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit()) { &id[..12] } else { id }
+    let start = id.find('@').map_or(0, |at| at + 1);
+    let digits = &id[start..];
+    if digits.len() == 64 && digits.bytes().all(|b| b.is_ascii_hexdigit()) { &id[..start + 12] } else { id }
+}
+
+/// Whether an id looks like one of an ordinary user's container, `1000@…`.
+pub fn is_users(id: &str) -> bool {
+    id.split_once('@').is_some_and(|(user, _)| !user.is_empty() && user.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// How a person names a container on the command line.
@@ -180,8 +217,13 @@ pub fn find<'a>(containers: &'a [Container], engine: Option<&str>, name: &str) -
     for matches in [
         by(&|c| c.id == name || engine.is_some() && c.bare_id() == name),
         by(&|c| c.name.as_deref() == Some(name)),
-        // An id that begins with its engine is a name, too.
-        by(&|c| !name.is_empty() && c.id.starts_with(name) && !c.id.contains(':')),
+        // An id that begins with its engine is a name, too. What has no user in it means root's.
+        by(&|c| {
+            !name.is_empty()
+                && c.id.starts_with(name)
+                && !c.id.contains(':')
+                && (c.user().is_none() || name.contains('@'))
+        }),
     ] {
         match matches[..] {
             [] => {}
@@ -239,6 +281,48 @@ mod tests {
         assert!(matches!(find(&all, None, "ab"), Lookup::Ambiguous(c) if c.len() == 3));
         assert_eq!(find(&all, None, "zz"), Lookup::Missing);
         assert_eq!(find(&all, Some("lxc"), "abc1"), Lookup::Missing);
+    }
+
+    #[test]
+    fn a_users_container_has_no_name_that_another_one_could_have() {
+        let of = |uid, user, id: &str, name| container(id, name).of_user(uid, user);
+        let long = "ab".repeat(32);
+        let web = of(1000, Some("alice"), &long, Some("web")).unwrap();
+        assert_eq!((web.id.as_str(), web.name.as_deref()), (&*format!("1000@{long}"), Some("alice@web")));
+        assert_eq!(short_id(&web.id), "1000@abababababab");
+        assert_eq!(web.user(), Some(1000));
+        for (user, id, name, expected) in [
+            (None, "abc1", Some("web"), ("1000@abc1", Some("1000@web"))),
+            (Some("0"), "abc1", Some("web"), ("1000@abc1", Some("1000@web"))),
+            (Some("bob@web"), "abc1", Some("web"), ("1000@abc1", Some("1000@web"))),
+            (Some("alice"), "abc1", Some("bob@web"), ("1000@abc1", None)),
+            (Some("alice"), "abc1", Some("web\u{1b}[2J"), ("1000@abc1", None)),
+            (Some("alice"), "abc1", Some(""), ("1000@abc1", None)),
+        ] {
+            let made = of(1000, user, id, name).unwrap();
+            assert_eq!((made.id.as_str(), made.name.as_deref()), expected);
+        }
+        for id in ["", "lxc:web", "a@b", "a/b", "a\nb", &"x".repeat(129)] {
+            assert_eq!(of(1000, None, id, None), None, "{id:?}");
+        }
+        assert!(is_users("1000@abc") && !is_users("web@abc") && !is_users("@abc") && !is_users("abc"));
+    }
+
+    #[test]
+    fn a_bare_name_means_roots() {
+        let user = |uid, name, id: &str| container(id, Some("web")).of_user(uid, Some(name)).unwrap();
+        let all = [container("10aa", Some("web")), user(1000, "alice", "10ab"), user(10, "bob", "10ab")];
+        assert_eq!(find(&all, None, "web"), Lookup::Found(&all[0]));
+        assert_eq!(find(&all, None, "10"), Lookup::Found(&all[0]));
+        assert_eq!(find(&all[1..], None, "web"), Lookup::Missing);
+        assert_eq!(find(&all[1..], None, "10"), Lookup::Missing);
+        assert_eq!(find(&all, None, "alice@web"), Lookup::Found(&all[1]));
+        assert_eq!(find(&all, Some("podman"), "bob@web"), Lookup::Found(&all[2]));
+        assert_eq!(find(&all, None, "1000@10"), Lookup::Found(&all[1]));
+        assert_eq!(find(&all, None, "10@1"), Lookup::Found(&all[2]));
+        assert_eq!(find(&all, Some("docker"), "alice@web"), Lookup::Missing);
+        let offered: Vec<String> = all.iter().map(|one| one.unmistakable(&all)).collect();
+        assert_eq!(offered, ["podman:web", "podman:alice@web", "podman:bob@web"]);
     }
 
     #[test]

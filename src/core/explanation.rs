@@ -92,6 +92,8 @@ pub struct Filter {
     pub below: bool,
     /// Names of foreign programs at the root that run after ours.
     pub after: Vec<String>,
+    /// Whether rights are not given to this container in the filter: its node is its right.
+    pub is_none: bool,
 }
 
 /// A grant in the ledger.
@@ -124,6 +126,8 @@ pub struct Situation<'a> {
     pub asks: Vec<Ask>,
     /// What its annotations may ask for.
     pub bounds: &'a Bounds,
+    /// Why the user whose container it is may not ask for the device, where no policy gives it to him.
+    pub own_refusal: Option<String>,
     /// A category that has the device.
     pub category: Option<&'a Category>,
     /// The grant in the ledger.
@@ -199,7 +203,7 @@ fn rules(facts: &Situation<'_>, all: &mut Vec<Finding>) {
     for ask in &facts.asks {
         all.push(match &ask.rule {
             Err(reason) => note("rule", format!("{} ignored: {reason}", ask.source)),
-            Ok(rule) => match facts.device.map(|device| allowed(rule, facts.bounds, device)) {
+            Ok(rule) => match facts.device.map(|device| allowed(rule, facts, device)) {
                 None => note("rule", format!("{rule} ({})", ask.source)),
                 Some(Ok(())) => good("rule", format!("{rule} ({}): yes", ask.source)),
                 Some(Err(reason)) => note("rule", format!("{rule} ({}): no, {reason}", ask.source)),
@@ -209,8 +213,9 @@ fn rules(facts: &Situation<'_>, all: &mut Vec<Finding>) {
 }
 
 /// Whether the rule asks for the device and may; else why not, in words.
-pub(super) fn allowed(rule: &Rule, bounds: &Bounds, device: &Facts<'_>) -> Result<(), String> {
-    match why_not(rule, device).or_else(|| rule.is_bounded().then(|| bounds.refusal(device)).flatten()) {
+pub(super) fn allowed(rule: &Rule, facts: &Situation<'_>, device: &Facts<'_>) -> Result<(), String> {
+    let bounded = || facts.bounds.refusal(device).or_else(|| facts.own_refusal.clone());
+    match why_not(rule, device).or_else(|| rule.is_bounded().then(bounded).flatten()) {
         None => Ok(()),
         Some(reason) => Err(reason),
     }
@@ -263,11 +268,12 @@ fn grant(facts: &Situation<'_>, all: &mut Vec<Finding>) {
 }
 
 fn filter(facts: &Situation<'_>, all: &mut Vec<Finding>) {
-    let Filter { programs, granted, withdrawn, marked, below, after } = &facts.filter;
+    let Filter { programs, granted, withdrawn, marked, below, after, is_none } = &facts.filter;
     let access = facts.subject.access;
     let verdict = facts.answer.as_ref().ok().and_then(|answer| answer.filter);
     let has = facts.has_right();
     let map = match granted {
+        _ if *is_none => "the node is the right in a container of an ordinary user".to_owned(),
         None => "our program is not attached".to_owned(),
         Some(granted) if granted.is_none() => "no grant in our map".to_owned(),
         Some(granted) => format!("our map grants {granted}"),

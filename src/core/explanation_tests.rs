@@ -42,6 +42,7 @@ fn told(change: impl FnOnce(&mut Situation<'_>)) -> (Vec<String>, Vec<String>) {
         subject: Subject { path: "/dev/ttyUSB0".into(), number: stick.number, access: RW, user: "uid 1000".into() },
         asks: vec![],
         bounds: &bounds,
+        own_refusal: None,
         category: categories.named("ttyUSB").map(|category| &**category),
         grant: Some(granted()),
         agent: true,

@@ -19,10 +19,17 @@ pub struct Holder {
     pub pid: u32,
     /// Start time of init in clock ticks after boot.
     pub start_time: u64,
-    /// Path of its own cgroup below the cgroup2 root.
+    /// Path of its own cgroup below the cgroup2 root; empty where it has none.
     pub cgroup: String,
-    /// Id of that cgroup.
+    /// Id of that cgroup; 0 where it has none: then no device filter is its own, and its right is the node itself.
     pub cgroup_id: u64,
+    /// The ordinary user whose container it is; 0 where it is root's.
+    #[serde(default, skip_serializing_if = "is_root")]
+    pub user: u32,
+}
+
+fn is_root(user: &u32) -> bool {
+    *user == 0
 }
 
 impl Holder {
@@ -35,7 +42,23 @@ impl Holder {
             start_time: container.start_time,
             cgroup: cgroup.to_owned(),
             cgroup_id,
+            user: container.user().unwrap_or(0),
         }
+    }
+
+    /// A container without a cgroup of its own.
+    pub fn without_cgroup(container: &Container) -> Holder {
+        Holder::new(container, "", 0)
+    }
+
+    /// Whether rights are given to it in the device filter.
+    pub fn has_filter(&self) -> bool {
+        self.cgroup_id != 0
+    }
+
+    /// Who has what is given to it: its cgroup; without one, this container alone.
+    pub fn whose(&self) -> (u64, &str) {
+        (self.cgroup_id, if self.has_filter() { "" } else { &self.id })
     }
 
     /// What a person would call it.
@@ -213,7 +236,7 @@ impl Withdrawal {
 
     /// Whether both are of one device in one container; its name may have become known between them.
     pub fn is_same(&self, other: &Withdrawal) -> bool {
-        (self.holder.cgroup_id, self.number) == (other.holder.cgroup_id, other.number)
+        (self.holder.whose(), self.number) == (other.holder.whose(), other.number)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
 
-use crate::core::device::{Identity, Number};
+use crate::core::device::{Device, Identity, Number};
 use crate::core::facts::Facts;
 use crate::core::ledger::{Grant, Granted, Holder, Node};
 use crate::core::policy::Bounds;
@@ -22,6 +22,8 @@ pub struct Asking<'a> {
     pub bounds: &'a Bounds,
     /// The number of a group of its own.
     pub group: &'a dyn Fn(&str) -> Option<u32>,
+    /// Why the user whose container it is may not open the device himself, in words.
+    pub own_refusal: &'a dyn Fn(&Device) -> Option<String>,
 }
 
 /// A device that a container asks for and does not get.
@@ -43,7 +45,7 @@ impl Asking<'_> {
         let refusal = OnceCell::new();
         for rule in self.rules {
             let Some(how) = rule.matches(facts) else { continue };
-            let refusal = || refusal.get_or_init(|| self.bounds.refusal(facts)).clone();
+            let refusal = || refusal.get_or_init(|| self.refusal(facts)).clone();
             let (bounded, gid) = (rule.is_bounded().then(refusal).flatten(), self.gid(rule));
             let gid = match (bounded, gid) {
                 (None, Ok(gid)) => gid,
@@ -58,6 +60,15 @@ impl Asking<'_> {
                 }
             }
         }
+    }
+
+    /// Why it may not ask for the device, in words. A user's may ask for what he may open himself, or for what a policy
+    /// gives him by name.
+    fn refusal(&self, facts: &Facts<'_>) -> Option<String> {
+        let user = Some(self.holder.user).filter(|user| *user != 0);
+        let is_given = |user| self.bounds.gives(user, facts);
+        let own = || user.filter(|user| !is_given(*user)).and_then(|_| (self.own_refusal)(facts.device));
+        self.bounds.refusal(facts).or_else(own)
     }
 
     fn grant(&self, facts: &Facts<'_>, rule: &Rule, node: Node) -> Grant {
@@ -94,14 +105,23 @@ pub struct Lost {
 }
 
 /// Settles who gets what only one can have: a path in a container, and a device that somebody wants exclusively. What is
-/// `in_force` stays; then counts who `has` it already; then what a container has from its start; then the container that
+/// `in_force` stays; root's containers come before those of users; then counts who `has` it already; then what a container has from its start; then the container that
 /// started first; then the order in which the devices are given.
 pub fn settle(desired: Vec<Grant>, in_force: &[Grant], has: impl Fn(&Grant) -> bool) -> (Vec<Grant>, Vec<Lost>) {
     let mut order: Vec<usize> = (0..desired.len()).collect();
     order.sort_by_cached_key(|at| {
         let grant = &desired[*at];
         let holder = &grant.holder;
-        (grant.node.link_to.is_some(), !has(grant), !grant.at_start, holder.start_time, holder.id.clone(), *at)
+        let is_users = holder.user != 0;
+        (
+            grant.node.link_to.is_some(),
+            is_users,
+            !has(grant),
+            !grant.at_start,
+            holder.start_time,
+            holder.id.clone(),
+            *at,
+        )
     });
     let mut places = Places::default();
     in_force.iter().for_each(|grant| places.take(grant));
@@ -125,8 +145,8 @@ pub fn settle(desired: Vec<Grant>, in_force: &[Grant], has: impl Fn(&Grant) -> b
 /// What is taken.
 #[derive(Default)]
 struct Places<'a> {
-    /// By cgroup and path inside.
-    paths: HashMap<(u64, &'a str), &'a Grant>,
+    /// By whose it is and the path inside.
+    paths: HashMap<((u64, &'a str), &'a str), &'a Grant>,
     devices: HashMap<&'a Identity, Vec<&'a Grant>>,
     /// Those of them that want their device alone.
     alone: HashMap<&'a Identity, Vec<&'a Grant>>,
@@ -134,7 +154,7 @@ struct Places<'a> {
 
 impl<'a> Places<'a> {
     fn take(&mut self, grant: &'a Grant) {
-        self.paths.entry((grant.holder.cgroup_id, &grant.node.path)).or_insert(grant);
+        self.paths.entry((grant.holder.whose(), &grant.node.path)).or_insert(grant);
         let note = |all: &mut HashMap<&'a Identity, Vec<&'a Grant>>| {
             let others = all.entry(&grant.device.identity).or_default();
             // One a container is enough; most come one after the other.
@@ -149,16 +169,22 @@ impl<'a> Places<'a> {
     }
 
     fn in_the_way_of(&self, grant: &Grant) -> Option<&'a Grant> {
-        let at_path = self.paths.get(&(grant.holder.cgroup_id, grant.node.path.as_str()));
+        let at_path = self.paths.get(&(grant.holder.whose(), grant.node.path.as_str()));
         let in_question = if grant.exclusive { &self.devices } else { &self.alone };
         let of_device = in_question.get(&grant.device.identity).into_iter().flatten();
-        let mut alone = of_device.filter(|other| !other.holder.is_same_run(&grant.holder));
+        let user = grant.holder.user;
+        // A user keeps nobody but himself from a device, and root from nothing.
+        let counts = |other: &&&Grant| match other.holder.user {
+            0 => true,
+            its => its == user || user != 0 && grant.exclusive,
+        };
+        let mut alone = of_device.filter(counts).filter(|other| !other.holder.is_same_run(&grant.holder));
         at_path.filter(|other| other.device.identity != grant.device.identity).or_else(|| alone.next()).copied()
     }
 
     /// Whether the path is taken by the grant's own device.
     fn is_own(&self, grant: &Grant, path: &str) -> bool {
-        let other = self.paths.get(&(grant.holder.cgroup_id, path));
+        let other = self.paths.get(&(grant.holder.whose(), path));
         other.is_some_and(|other| other.device.identity == grant.device.identity)
     }
 }
@@ -183,6 +209,8 @@ mod tests {
     use crate::core::device::{Device, Kind};
     use crate::core::facts::tests::Tree;
     use crate::core::plan::tests::{device, holder};
+    use crate::core::policy::Subject;
+    use crate::core::settings::Settings;
 
     fn desired(cgroup: u64, asked: &[(&str, &str)], devices: &[Device]) -> (Vec<Grant>, Vec<Refused>) {
         let (rules, ignored) = rules(asked.iter().copied(), &Categories::default());
@@ -190,12 +218,59 @@ mod tests {
         let named = [(devices[0].number, String::new())];
         let (holder, bounds) = (holder(cgroup), Bounds::default());
         let group = |name: &str| (name == "dialout").then_some(20);
-        let asking = Asking { holder: &holder, named: &named, rules: &rules, bounds: &bounds, group: &group };
+        let asking = Asking {
+            holder: &holder,
+            named: &named,
+            rules: &rules,
+            bounds: &bounds,
+            group: &group,
+            own_refusal: &|_| None,
+        };
         let (mut grants, mut refused) = (Vec::new(), Vec::new());
         devices
             .iter()
             .for_each(|device| asking.desired(&Facts::new(device, &Tree::default()), &mut grants, &mut refused));
         (grants, refused)
+    }
+
+    #[test]
+    fn a_user_gets_what_he_may_open_or_a_policy_gives_him() {
+        let asked = [("org.containers.qm.device.ttyUSB", "true")];
+        let (rules, _) = rules(asked, &Categories::default());
+        let device = device("/dev/ttyUSB0", 188, 0);
+        let ask = |user: u32, config: &str, may: bool| {
+            let subject = Subject { owner: user, names: vec!["alice@web".into()], ..Subject::default() };
+            let bounds = Settings::read(&[("x".into(), Ok(config.into()))]).0.policies.bounds(&subject);
+            let holder = Holder { user, ..holder(0) };
+            let own_refusal = |_: &Device| (!may).then(|| "not his".to_owned());
+            let group = |_: &str| None;
+            let asking = Asking {
+                holder: &holder,
+                named: &[],
+                rules: &rules,
+                bounds: &bounds,
+                group: &group,
+                own_refusal: &own_refusal,
+            };
+            let (mut grants, mut refused) = (Vec::new(), Vec::new());
+            asking.desired(&Facts::new(&device, &Tree::default()), &mut grants, &mut refused);
+            (grants.len(), refused.first().map(|refused| refused.reason.clone()))
+        };
+        let not_his = Some("not his".to_owned());
+        assert_eq!(ask(1000, "", true), (1, None));
+        assert_eq!(ask(1000, "", false), (0, not_his.clone()));
+        assert_eq!(ask(0, "", false), (1, None), "root's containers are asked nothing");
+        assert_eq!(ask(1000, "[[policy]]\nowner = 1000\nallow = ['ttyUSB']", false), (1, None));
+        for policy in ["owner = 1001\nallow = ['ttyUSB']", "allow = ['ttyUSB']", "container = '*'\nallow = ['ttyUSB']"]
+        {
+            assert_eq!(ask(1000, &format!("[[policy]]\n{policy}"), false), (0, not_his.clone()), "{policy}");
+        }
+        for policy in ["owner = 1000\nallow = ['audio']", "container = '*'\ndeny = ['ttyUSB']"] {
+            let reason = ask(1000, &format!("[[policy]]\n{policy}"), true).1.unwrap();
+            assert!(reason.contains("policy"), "{policy}: {reason}");
+        }
+        let both = "[[policy]]\nowner = 1000\nallow = ['ttyUSB']\n[[policy]]\ndeny = ['tty']";
+        assert!(ask(1000, both, true).1.unwrap().contains("denies"));
     }
 
     fn paths(grants: &[Grant]) -> Vec<(&str, &str)> {
@@ -255,6 +330,29 @@ mod tests {
         assert_eq!(paths(&kept), [("/dev/ttyUSB1", "/dev/stick"), ("/dev/ttyUSB1", "/dev/s1")]);
         let (kept, lost) = settle(grants[2..].to_vec(), &grants[..2], |_| false);
         assert_eq!((kept, lost.len()), (vec![], 2));
+    }
+
+    #[test]
+    fn a_user_keeps_nobody_else_from_a_device() {
+        let exclusive = [("org.containers.qm.hotplug.stick", "ttyUSB,exclusive")];
+        let shared = [("org.containers.qm.device.ttyUSB", "true")];
+        let devices = [device("/dev/ttyUSB0", 188, 0)];
+        let of = |user: u32, id: &str, asked: &[(&str, &str)]| {
+            let mut grants = desired(0, asked, &devices).0;
+            grants.iter_mut().for_each(|grant| (grant.holder.user, grant.holder.id) = (user, id.into()));
+            grants
+        };
+        let kept = |all: &[&[Grant]]| -> Vec<String> {
+            let kept = settle(all.concat(), &[], |_| false).0;
+            kept.into_iter().map(|grant| grant.holder.id).collect()
+        };
+        // Without cgroups they share neither path nor right.
+        assert_eq!(kept(&[&of(1, "1@a", &shared), &of(1, "1@b", &shared)]), ["1@a", "1@b"]);
+        assert_eq!(kept(&[&of(1, "1@a", &exclusive), &of(1, "1@b", &shared)]), ["1@a"]);
+        assert_eq!(kept(&[&of(1, "1@a", &exclusive), &of(0, "root", &shared)]), ["root"]);
+        assert_eq!(kept(&[&of(1, "1@a", &shared), &of(0, "root", &exclusive)]), ["root"]);
+        assert_eq!(kept(&[&of(1, "1@a", &exclusive), &of(2, "2@b", &shared)]), ["1@a", "2@b"]);
+        assert_eq!(settle(of(0, "root", &shared), &of(1, "1@a", &exclusive), |_| false).0.len(), 1);
     }
 
     #[test]

@@ -73,7 +73,7 @@ pub fn parse(name: &str, text: &[u8]) -> Result<Page, String> {
             return Err(format!("{:?} is in it twice", node.path));
         }
     }
-    let numbers: HashSet<_> = page.withdrawn.iter().map(|it| (it.holder.cgroup_id, it.number)).collect();
+    let numbers: HashSet<_> = page.withdrawn.iter().map(|it| (it.holder.whose(), it.number)).collect();
     if numbers.len() < page.withdrawn.len() {
         return Err("a device is withdrawn twice".into());
     }
@@ -81,12 +81,13 @@ pub fn parse(name: &str, text: &[u8]) -> Result<Page, String> {
 }
 
 fn check_holder(name: &str, holder: &Holder) -> Result<(), String> {
-    let Holder { id, pid, cgroup, cgroup_id, .. } = holder;
+    let Holder { id, pid, cgroup, cgroup_id, user, .. } = holder;
     if file_name(id) != name {
         return Err(format!("it tells of container {id:?}"));
     }
-    // 1 is the root's, and with it every process's.
-    if *cgroup_id <= 1 || !is_plain(cgroup) || cgroup.split('/').any(|part| part == "..") {
+    let is_one = || *cgroup_id > 1 && is_plain(cgroup) && !cgroup.split('/').any(|part| part == "..");
+    // 1 is the root's, and with it every process's. Without any there is no right, only a node.
+    if !(is_one() || *user != 0 && *cgroup_id == 0 && cgroup.is_empty()) {
         return Err(format!("{cgroup:?} with the id {cgroup_id} is no container's cgroup"));
     }
     if *pid < 2 || i32::try_from(*pid).is_err() {

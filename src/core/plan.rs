@@ -117,11 +117,13 @@ impl Change {
                 let (number, before) = (grant.device.number, rights(ledger.clone(), grant, None));
                 let after = before.union(grant.access);
                 let mut steps = vec![Step::Record(Entry::pending(grant.clone()))];
-                if !ledger.clone().any(|other| other.grant.holder.cgroup_id == grant.holder.cgroup_id) {
-                    steps.push(Step::Mark(grant.holder.clone()));
+                if grant.holder.has_filter() {
+                    if !ledger.clone().any(|other| other.grant.holder.whose() == grant.holder.whose()) {
+                        steps.push(Step::Mark(grant.holder.clone()));
+                    }
+                    // The right first: a node that is seen can be opened.
+                    steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });
                 }
-                // The right first: a node that is seen can be opened.
-                steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });
                 steps.push(Step::MakeNode(grant.clone()));
                 steps
             }
@@ -132,7 +134,9 @@ impl Change {
                 let after = rights(ledger.clone(), grant, Some(entry));
                 let mut steps = vec![Step::Leave(entry.clone())];
                 // The right first: whatever the container does to keep its node, it cannot open it any more.
-                steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });
+                if grant.holder.has_filter() {
+                    steps.push(Step::Allow { holder: grant.holder.clone(), number, before, after });
+                }
                 match &entry.placement {
                     Placement::Ours(directories) | Placement::Making(directories) => {
                         steps.push(Step::RemoveNode { grant: grant.clone(), directories: directories.clone() });
@@ -145,8 +149,8 @@ impl Change {
                     }
                     Placement::Container | Placement::Host => {}
                 }
-                let others = |other: &&Entry| *other != entry && other.grant.holder.cgroup_id == grant.holder.cgroup_id;
-                if !ledger.clone().any(|other| others(&other)) {
+                let others = |other: &&Entry| *other != entry && other.grant.holder.whose() == grant.holder.whose();
+                if grant.holder.has_filter() && !ledger.clone().any(|other| others(&other)) {
                     steps.push(Step::Unmark(grant.holder.clone()));
                 }
                 steps.push(Step::Forget(entry.leaving()));
@@ -162,7 +166,7 @@ fn rights<'a>(ledger: impl Iterator<Item = &'a Entry>, grant: &Grant, without: O
     ledger
         .filter(|entry| Some(*entry) != without && entry.left_over.is_none())
         .filter(|entry| {
-            entry.grant.holder.cgroup_id == grant.holder.cgroup_id && entry.grant.device.number == grant.device.number
+            entry.grant.holder.whose() == grant.holder.whose() && entry.grant.device.number == grant.device.number
         })
         .fold(Access::NONE, |all, entry| all.union(entry.grant.access))
 }

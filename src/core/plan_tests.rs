@@ -31,6 +31,7 @@ pub(crate) fn holder(cgroup_id: u64) -> Holder {
         start_time: 1,
         cgroup: format!("/c{cgroup_id}"),
         cgroup_id,
+        user: 0,
     }
 }
 

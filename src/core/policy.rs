@@ -36,6 +36,8 @@ pub struct Subject {
     pub image: Option<String>,
     /// The user who runs it.
     pub owner: u32,
+    /// Whether an ordinary user's engine runs it.
+    pub is_users: bool,
     /// The path of its cgroup, beginning with `/`.
     pub cgroup: String,
 }
@@ -45,6 +47,8 @@ pub struct Subject {
 pub struct NamePattern {
     engine: Option<&'static str>,
     name: Glob,
+    /// Whether a user is written in it.
+    names_user: bool,
 }
 
 impl NamePattern {
@@ -52,13 +56,20 @@ impl NamePattern {
     pub fn parse(text: &str) -> Result<NamePattern, (usize, String)> {
         let (engine, name) = split_engine(text).map_err(|reason| (0, reason))?;
         let before = text.chars().count() - name.chars().count();
+        let names_user = name.contains('@');
         let name = Glob::parse(name).map_err(|(column, reason)| (before + column, reason.to_string()))?;
-        Ok(NamePattern { engine, name })
+        Ok(NamePattern { engine, name, names_user })
     }
 
     /// Whether it is for the container.
     pub fn matches(&self, subject: &Subject) -> bool {
         self.is_for_engine(subject) && subject.names.iter().any(|name| self.name.matches(name))
+    }
+
+    /// Whether what it gives is for the container: for a user's it is where a user is written, `*@web`, since any other
+    /// name he could have taken.
+    pub fn gives_to(&self, subject: &Subject) -> bool {
+        (self.names_user || !subject.is_users) && self.matches(subject)
     }
 
     fn is_for_engine(&self, subject: &Subject) -> bool {
@@ -163,6 +174,12 @@ impl Bounds {
         let denied = self.policies.iter().flat_map(|policy| policy.deny.iter().map(|(selector, _)| selector));
         let allowed = self.policies.iter().flat_map(|policy| policy.allow.iter().flatten());
         denied.chain(allowed).any(Selector::looks_around)
+    }
+
+    /// Whether a policy for this user by his number allows the device.
+    pub fn gives(&self, user: u32, facts: &Facts<'_>) -> bool {
+        let his = self.policies.iter().filter(|policy| policy.owner == Some(user));
+        his.flat_map(|policy| policy.allow.iter().flatten()).any(|selector| selector.matches(facts))
     }
 
     /// Why the container may not ask for the device, in words, with file and line.

@@ -114,6 +114,9 @@ pub struct GrantInfo {
     pub minor: u32,
     /// Rights, a subset of `rwm`.
     pub access: Access,
+    /// What the right is: `filter`, an entry in the device filter, or `node` where the container has no filter of its own.
+    #[serde(default = "filter")]
+    pub right: String,
     /// Path of the node inside.
     pub path: String,
     /// Whose the node is: `ours`, `container's` or `host's`; `pending` while it is being made; `none` where something that
@@ -135,6 +138,16 @@ pub struct GrantInfo {
     pub note: Option<String>,
 }
 
+/// An agent of another version does not say.
+fn filter() -> String {
+    right(true).to_owned()
+}
+
+/// What the right is, by whether the holder has a device filter.
+pub fn right(has_filter: bool) -> &'static str {
+    if has_filter { "filter" } else { "node" }
+}
+
 impl From<&Entry> for GrantInfo {
     fn from(entry: &Entry) -> GrantInfo {
         let grant = &entry.grant;
@@ -146,6 +159,7 @@ impl From<&Entry> for GrantInfo {
             major: grant.device.number.major,
             minor: grant.device.number.minor,
             access: grant.access,
+            right: right(grant.holder.has_filter()).to_owned(),
             path: grant.node.path.clone(),
             node: match entry.placement {
                 Placement::Pending | Placement::Making(_) => "pending",

@@ -100,7 +100,7 @@ impl Settings {
 
     /// What this container gets without asking.
     pub fn rules_for(&self, subject: &Subject) -> Vec<Rule> {
-        let tables = self.containers.iter().filter(|table| table.name.matches(subject));
+        let tables = self.containers.iter().filter(|table| table.name.gives_to(subject));
         tables.flat_map(|table| table.selections.iter().cloned().map(Rule::Selection)).collect()
     }
 

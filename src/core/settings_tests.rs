@@ -16,6 +16,7 @@ fn subject(name: &str) -> Subject {
         is_nameless: false,
         image: Some("docker.io/library/alpine:3".into()),
         owner: 0,
+        is_users: false,
         cgroup: "/machine.slice/libpod-9414c2935ef0.scope".into(),
     }
 }
@@ -189,4 +190,31 @@ fn an_unreadable_policy_allows_nothing() {
     }
     let (settings, _) = Settings::read(&[("/etc/0.toml".into(), Err("Permission denied".into()))]);
     assert!(settings.policies.unreadable.is_some());
+}
+
+#[test]
+fn a_user_cannot_take_a_name_that_gets_something() {
+    let file =
+        "[[container]]\nmatch = 'MATCH'\ndevices = ['ttyUSB']\n[[policy]]\ncontainer = 'MATCH'\ndeny = ['ttyUSB']";
+    let tree = bench();
+    let facts = Facts::new(of_bench(&tree, "/dev/ttyUSB1"), &tree);
+    for (pattern, is_given, is_bound) in [
+        ("web", false, false),
+        ("*web", false, true),
+        ("*", false, true),
+        ("podman:*", false, true),
+        ("lxc:*@web", false, false),
+        ("*@web", true, true),
+        ("alice@web", true, true),
+        ("podman:alice@*", true, true),
+        ("1000@9414*", true, true),
+        ("bob@web", false, false),
+    ] {
+        let (settings, problems) = settings(&[&file.replace("MATCH", pattern)]);
+        assert_eq!(problems, [""; 0]);
+        let names = vec!["alice@web".into(), "1000@9414c2935ef0".into()];
+        let its = Subject { names, owner: 1000, is_users: true, ..subject("") };
+        assert_eq!(settings.rules_for(&its).len(), usize::from(is_given), "{pattern}");
+        assert_eq!(settings.policies.bounds(&its).refusal(&facts).is_some(), is_bound, "{pattern}");
+    }
 }

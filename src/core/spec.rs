@@ -118,12 +118,6 @@ pub fn runs_systemd(spec: &Value) -> bool {
     matches!(program.rsplit('/').next(), Some("systemd" | "init"))
 }
 
-/// Whether the container has a user namespace.
-pub fn has_user_namespace(spec: &Value) -> bool {
-    let namespaces = spec.pointer("/linux/namespaces").and_then(Value::as_array).into_iter().flatten();
-    namespaces.into_iter().any(|namespace| namespace.get("type").and_then(Value::as_str) == Some("user"))
-}
-
 /// Adds a bind mount, read-only and private, unless something is mounted there, or something of the host's above it. Says
 /// whether it did.
 pub fn add_mount(spec: &mut Value, source: &str, destination: &str) -> Result<bool, String> {
@@ -150,6 +144,12 @@ pub fn add_mount(spec: &mut Value, source: &str, destination: &str) -> Result<bo
         "options": ["bind", "ro", "nosuid", "nodev", "noexec", "private"],
     }));
     Ok(true)
+}
+
+/// Whether it will have a user namespace: there runtimes bind the host's nodes.
+pub fn has_user_namespace(spec: &Value) -> bool {
+    let namespaces = spec.pointer("/linux/namespaces").and_then(Value::as_array);
+    namespaces.is_some_and(|all| all.iter().any(|one| one.get("type").and_then(Value::as_str) == Some("user")))
 }
 
 fn mount_sources(spec: &Value) -> impl Iterator<Item = &str> {

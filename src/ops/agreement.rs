@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use crate::core::device::{Access, Number};
-use crate::core::ledger::{Holder, Withdrawal};
+use crate::core::ledger::{Entry, Holder, Withdrawal};
 use crate::error::{Error, Result};
 use crate::ops::Executor;
-use crate::sys::device_filter::Entry;
+use crate::sys::device_filter;
 
 type Rights = BTreeMap<(u64, Number), Access>;
 
@@ -18,7 +18,8 @@ impl Executor {
         self.filter = None;
         let (mut granted, mut holders) = (Rights::new(), BTreeMap::<u64, Holder>::new());
         // What is left over has no right any more, at most a node.
-        for entry in self.ledger.entries().filter(|entry| entry.left_over.is_none()) {
+        let counts = |entry: &&Entry| entry.left_over.is_none() && entry.grant.holder.has_filter();
+        for entry in self.ledger.entries().filter(counts) {
             let grant = &entry.grant;
             let rights = granted.entry((grant.holder.cgroup_id, grant.device.number)).or_insert(Access::NONE);
             *rights = rights.union(grant.access);
@@ -55,7 +56,7 @@ impl Executor {
 }
 
 /// What must be set so that the map holds what is expected: whose and on what, the rights, and those that it holds.
-fn corrections(mut expected: Rights, found: Vec<Entry>) -> Vec<((u64, Number), Access, Access)> {
+fn corrections(mut expected: Rights, found: Vec<device_filter::Entry>) -> Vec<((u64, Number), Access, Access)> {
     let mut corrections = Vec::new();
     for entry in found {
         let key = (entry.cgroup, entry.number);
@@ -76,7 +77,7 @@ mod tests {
     #[test]
     fn only_what_differs_is_corrected() {
         let number = |minor| Number { kind: Kind::Char, major: 188, minor };
-        let entry = |minor, access| Entry { cgroup: 1, number: number(minor), access };
+        let entry = |minor, access| device_filter::Entry { cgroup: 1, number: number(minor), access };
         let expected = [((1, number(0)), Access::ALL), ((1, number(1)), Access::READ), ((1, number(2)), Access::READ)];
         let found = vec![entry(0, Access::ALL), entry(1, Access::ALL), entry(3, Access::WRITE)];
         assert_eq!(

@@ -99,6 +99,9 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
         Some(inspection) => filter(inspection, target, &subject)?,
         None => Filter::default(),
     };
+    let bounds = settings.policies.bounds(&its);
+    let user = container.user().zip(known.as_ref()).filter(|(user, facts)| !bounds.gives(*user, facts));
+    let own_refusal = user.and_then(|(user, facts)| live::own_refusal(user, facts.device));
     let situation = Situation {
         container: name,
         node: &target.node,
@@ -109,7 +112,8 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
         subject,
         category: target.device.as_ref().and_then(|device| best(&settings.categories, device)),
         asks,
-        bounds: &settings.policies.bounds(&its),
+        bounds: &bounds,
+        own_refusal,
         grant: target.entry.as_ref().map(|entry| Granted {
             access: entry.grant.access,
             origin: match &entry.grant.origin {
@@ -204,6 +208,11 @@ fn taken(
 
 fn filter(inspection: &Inspection<'_>, target: &Target, subject: &Subject) -> Result<Filter> {
     let Inspection { cgroups, holder, cgroup, .. } = inspection;
+    if !holder.has_filter() {
+        let programs = foreign(cgroups, &cgroup.path).map_err(Error::host("read the device filter"))?;
+        let programs = judge(cgroups, programs, target, subject.access);
+        return Ok(Filter { programs, is_none: true, ..Filter::default() });
+    }
     let failed = || Error::host::<io::Error>("read the device filter");
     let standing = DeviceFilter::standing(cgroups)?;
     let programs = foreign(cgroups, &cgroup.path).map_err(failed())?;

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 
 use crate::core::container::{Container, Lookup, Reference, Runtime, find, short_id};
+use crate::core::device::Device;
 use crate::core::ledger::Holder;
 use crate::core::policy::Subject;
 use crate::error::{Error, Result};
@@ -11,7 +12,11 @@ use crate::sys::cgroup::{CgroupRoot, own_path};
 use crate::sys::group;
 use crate::sys::host::Host;
 use crate::sys::namespace::inside;
+use crate::sys::ownership;
+use crate::sys::permission;
 use crate::sys::process::Process;
+use crate::sys::user::Account;
+use crate::sys::user_namespace::made_by;
 
 /// Finds the container that `reference` names among those given.
 pub fn lookup(containers: &[Container], reference: &Reference) -> Result<Container> {
@@ -71,6 +76,23 @@ fn of_process(containers: &[Container], pid: u32) -> Result<Container> {
     })
 }
 
+/// The process of a grant's container, if it still runs. Of a user's container, one whose namespaces are his: whoever acts
+/// on it looks each time.
+pub fn process_of(holder: &Holder) -> Result<Process> {
+    let exited = || Error::ContainerExited(holder.label().to_owned());
+    let process = Process::open_same(holder.pid, holder.start_time).ok_or_else(exited)?;
+    if holder.user != 0 {
+        let refusal = ownership::refusal(&process, holder.user).map_err(|source| match source.raw_os_error() {
+            Some(libc::ENOENT | libc::ESRCH) => exited(),
+            _ => Error::Host { what: format!("look at the namespaces of process {}", holder.pid), source },
+        })?;
+        if let Some(reason) = refusal {
+            return Err(Error::Refused { container: holder.label().to_owned(), reason });
+        }
+    }
+    Ok(process)
+}
+
 /// Checks that a container can be worked on, and finds its own cgroup.
 pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<Holder> {
     let label = container.label().to_owned();
@@ -90,14 +112,26 @@ pub fn hold(cgroups: &CgroupRoot, container: &Container) -> Result<Holder> {
             "its init is in the host's mount namespace, so it is no container or is still starting".into(),
         ));
     }
+    if let Some(user) = container.user() {
+        if let Some(reason) = ownership::refusal(&process, user).map_err(look("namespaces"))? {
+            return Err(refuse(format!("{reason}, and what user {user} says of it does not count")));
+        }
+        if process.has_hosts_root().map_err(look("root directory"))? {
+            return Err(refuse(
+                "its root directory is the host's own: it is no container, or it is still starting".into(),
+            ));
+        }
+        // No runtime of a user's loads a device filter, and a cgroup that he names may have others in it than his
+        // container: the right is the node.
+        return Ok(Holder::without_cgroup(container));
+    }
     if process.has_own_user_namespace().map_err(look("user namespace"))? {
-        let without = match container.runtime {
-            Runtime::Lxc => "take lxc.idmap out of its configuration",
-            Runtime::Incus => "set its security.privileged to true",
-            Runtime::Nspawn => "start it with --private-users=no",
-            _ => "start it without --userns and as root",
-        };
-        return Err(refuse(format!("it has a user namespace, where device nodes cannot be opened: {without}")));
+        let made_by = made_by(container.pid).map_err(look("user namespace"))?;
+        if made_by != 0 {
+            return Err(refuse(format!(
+                "user {made_by} made its user namespace, and only containers that root started are served: start it as root"
+            )));
+        }
     }
     let (unified, v1_devices) = process.cgroups().map_err(|_| Error::ContainerExited(label.clone()))?;
     if let Some(path) = v1_devices.filter(|path| path != "/") {
@@ -148,23 +182,31 @@ fn is_shared_with_host(cgroups: &CgroupRoot, path: &str) -> bool {
 pub fn subject(container: &Container, holder: Option<&Holder>, wants_image: bool) -> Subject {
     let beside = || Some(container.bundle.as_ref()?.strip_suffix(&format!("/{}/userdata", container.id))?.to_owned());
     let stored = || storage::look_up(&container.id, &[beside()?]).map(|stored| stored.image.unwrap_or_default());
+    let stated = || container.cgroup.clone().filter(|_| container.user().is_none());
+    let cgroup = holder.map(|holder| holder.cgroup.clone()).or_else(stated);
     let bare_id = Some(container.bare_id()).filter(|id| container.name.as_deref() != Some(id));
     Subject {
         engine: container.runtime.engine(),
         names: container.name.as_deref().into_iter().chain(bare_id).map(str::to_owned).collect(),
         // Whoever names its containers by such ids gives them other names, too.
         is_nameless: container.name.is_none() && short_id(&container.id) != container.id,
-        image: wants_image.then(|| container.image.clone().or_else(stored)).flatten(),
+        // Of a user's container that is not known: his files say what he wants.
+        image: (wants_image && container.user().is_none()).then(|| container.image.clone().or_else(stored)).flatten(),
         owner: container.owner,
-        cgroup: holder.map(|holder| holder.cgroup.clone()).or_else(|| container.cgroup.clone()).unwrap_or_default(),
+        is_users: container.user().is_some(),
+        cgroup: cgroup.unwrap_or_default(),
     }
+}
+
+/// Why the user whose container it is may not have the device by asking for it, in words.
+pub fn own_refusal(user: u32, device: &Device) -> Option<String> {
+    permission::refusal(device, &Account::of(user))
 }
 
 /// The container's own `/etc/group`, read inside: its file system may be of its own making.
 pub fn groups(container: &Container, host: Host) -> Result<String> {
     let label = container.label();
-    let process = Process::open_same(container.pid, container.start_time)
-        .ok_or_else(|| Error::ContainerExited(label.to_owned()))?;
+    let process = process_of(&Holder::without_cgroup(container))?;
     let descriptors = group::own_descriptors().map_err(Error::host("look at our own descriptors"))?;
     let read = inside(label, &process, host, move |inside| group::read(inside.root, descriptors.as_fd()))?;
     read.map_err(|source| Error::InContainer {

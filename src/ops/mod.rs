@@ -21,6 +21,7 @@ use crate::core::ledger::{Entry, Grant, Holder, Node, Origin, Placement};
 use crate::core::plan::{Change, Step};
 use crate::error::{Error, Result};
 use crate::failpoint::reached;
+use crate::ops::live::process_of;
 use crate::ops::mirror::Mirrors;
 use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
@@ -29,7 +30,7 @@ use crate::sys::device_filter::DeviceFilter;
 use crate::sys::host::{Host, require_fitness};
 use crate::sys::namespace::inside;
 use crate::sys::node::{self, Before, Made, NodeError};
-use crate::sys::process::{self, Process};
+use crate::sys::process;
 
 /// Where the ledger, its lock and the agent's socket are.
 pub const RUN_DIRECTORY: &str = "/run/qm-hotplug";
@@ -78,7 +79,7 @@ impl Executor {
         let change = &self.with_directories(change)?;
         let mut undo: Vec<Step> = Vec::new();
         let mut placement = Placement::Pending;
-        for step in change.steps(self.ledger.of_cgroup(change.grant().holder.cgroup_id)) {
+        for step in change.steps(self.ledger.sharing(&change.grant().holder)) {
             match self.execute(&step) {
                 Ok(Some(made)) => {
                     if let Step::MakeNode(grant) = &step
@@ -169,6 +170,9 @@ impl Executor {
     /// A filter that cannot be copied (it uses maps) keeps the mark out: then the grant holds for tasks in the cgroup
     /// itself, not below, and that is logged.
     pub fn mark(&mut self, holder: &Holder) -> Result<()> {
+        if !holder.has_filter() {
+            return Ok(());
+        }
         let cgroup = self.cgroup_of(holder)?;
         if let Err(error) = self.filter()?.mark(&cgroup) {
             tracing::warn!(
@@ -222,8 +226,7 @@ impl Executor {
         let mut entry = entry.clone();
         let Grant { holder, device, node, .. } = &entry.grant;
         if entry.placement == Placement::Pending {
-            let process = Process::open_same(holder.pid, holder.start_time)
-                .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+            let process = process_of(holder)?;
             let (number, wanted) = (device.number, node.clone());
             let before = inside(holder.label(), &process, self.host, move |it| node::before(it, number, &wanted))?;
             entry.placement = match before {
@@ -237,8 +240,7 @@ impl Executor {
 
     fn make_node(&mut self, grant: &Grant) -> Result<Placement> {
         let holder = &grant.holder;
-        let process = Process::open_same(holder.pid, holder.start_time)
-            .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+        let process = process_of(holder)?;
         // Only a rule may take the place of a node that an unplugged device left: what a person typed may be a slip.
         let replace = matches!(grant.origin, Origin::Rule(_));
         let (number, wanted) = (grant.device.number, grant.node.clone());
@@ -254,10 +256,9 @@ impl Executor {
 
     fn remove_node(&self, holder: &Holder, number: Number, node: &Node, directories: &[String]) -> Result<()> {
         // A container that ended took its nodes along.
-        let process = match Process::open_same(holder.pid, holder.start_time) {
-            Some(process) => process,
-            None if process::is_gone(holder.pid, holder.start_time) => return Ok(()),
-            None => return Err(Error::ContainerExited(holder.label().to_owned())),
+        let process = match process_of(holder) {
+            Err(Error::ContainerExited(_)) if process::is_gone(holder.pid, holder.start_time) => return Ok(()),
+            process => process?,
         };
         let (its_node, its_directories) = (node.clone(), directories.to_vec());
         let removed = match inside(holder.label(), &process, self.host, move |inside| {

@@ -8,9 +8,8 @@ use crate::core::device::{Access, Number};
 use crate::core::ledger::{Entry, Grant, Holder, Placement};
 use crate::error::{Error, Result};
 use crate::ops::Executor;
-use crate::ops::live::{hold, lookup};
+use crate::ops::live::{hold, lookup, process_of};
 use crate::sys::namespace::{Inside, inside};
-use crate::sys::process::Process;
 use crate::sys::{node, stray};
 
 /// Rights by cgroup and device.
@@ -86,7 +85,7 @@ impl Executor {
                 "access {access} that no ledger tells of is taken back, with {nodes}"
             );
         }
-        let has_grants = self.ledger.of_cgroup(holder.cgroup_id).next().is_some();
+        let has_grants = self.ledger.sharing(holder).next().is_some();
         if has_grants { Ok(()) } else { self.unmark(holder) }
     }
 
@@ -112,7 +111,10 @@ impl Executor {
         holder: &Holder,
         work: impl FnOnce(Inside<'_>) -> T + Send + 'static,
     ) -> Result<Option<T>> {
-        let Some(process) = Process::open_same(holder.pid, holder.start_time) else { return Ok(None) };
+        let process = match process_of(holder) {
+            Err(Error::ContainerExited(_)) => return Ok(None),
+            process => process?,
+        };
         match inside(holder.label(), &process, self.host, work) {
             Err(Error::ContainerExited(_)) => Ok(None),
             result => result.map(Some),

@@ -9,7 +9,7 @@ use crate::core::facts::Facts;
 use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin};
 use crate::core::mirror::Wish;
 use crate::core::plan::Change;
-use crate::core::protocol::{Attach, Detach, GrantInfo, List, Persist, StatusInfo};
+use crate::core::protocol::{Attach, Detach, GrantInfo, List, Persist, StatusInfo, right};
 use crate::core::selection::{Group, Options};
 use crate::error::{Error, Result};
 use crate::ops::Executor;
@@ -18,7 +18,7 @@ use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
-use crate::sys::process::{holders_of, is_gone};
+use crate::sys::process::{holders_of, is_gone, sharing_mounts};
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::udev;
 
@@ -209,7 +209,7 @@ pub fn detach(
     }
     for entry in matching {
         let mut info = GrantInfo::from(&entry);
-        let (cgroup, number) = (entry.grant.holder.cgroup.clone(), entry.grant.device.number);
+        let (holder, number) = (entry.grant.holder.clone(), entry.grant.device.number);
         // What a rule has granted goes as if its device were unplugged, with what the container had from its start.
         if entry.grant.at_start && matches!(entry.grant.origin, Origin::Rule(_)) {
             executor.withdraw(&entry.grant.holder, number)?;
@@ -218,7 +218,11 @@ pub fn detach(
         executor.carry_out(&Change::Remove { entry, unplugged: true })?;
         executor.mirror(&[concern], &[], |_| Wish::Usual);
         // The right counts at open(2): what is open already stays usable.
-        let holders = holders_of(&executor.cgroups.processes_below(&cgroup), number);
+        let processes = match holder.has_filter() {
+            true => executor.cgroups.processes_below(&holder.cgroup),
+            false => sharing_mounts(holder.pid),
+        };
+        let holders = holders_of(&processes, number);
         info.note = (!holders.is_empty()).then(|| format!("still open in {}", holders.join(", ")));
         gone.push(info);
     }
@@ -241,6 +245,7 @@ fn not_in_force(attached: &Attached, device: &Attachment, containers: &[Containe
         major: number.major,
         minor: number.minor,
         access: *access,
+        right: right(attached.container.owner == 0).to_owned(),
         path: node.path.clone(),
         node: "none".into(),
         uid: node.uid,

@@ -10,7 +10,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::core::ledger::{Entry, Grant, Origin, Page, Placement, VERSION, Withdrawal};
+use crate::core::ledger::{Entry, Grant, Holder, Origin, Page, Placement, VERSION, Withdrawal};
 use crate::core::page;
 use crate::error::{Error, Result};
 use crate::failpoint::reached;
@@ -111,16 +111,19 @@ impl Store {
         self.pages.get(id).into_iter().flatten().map(|line| &line.entry)
     }
 
-    /// The entries of this cgroup.
-    pub fn of_cgroup(&self, cgroup: u64) -> impl Iterator<Item = &Entry> + Clone {
-        let ids = self.cgroups.get(&cgroup).into_iter().flatten();
+    /// The entries of all that share the holder's rights.
+    pub fn sharing<'a>(&'a self, holder: &'a Holder) -> impl Iterator<Item = &'a Entry> + Clone {
+        let own = (!holder.has_filter()).then_some(&holder.id);
+        let ids = self.cgroups.get(&holder.cgroup_id).into_iter().flatten().chain(own);
         let lines = ids.filter_map(|id| self.pages.get(id)).flatten();
-        lines.map(|line| &line.entry).filter(move |entry| entry.grant.holder.cgroup_id == cgroup)
+        lines.map(|line| &line.entry).filter(|entry| entry.grant.holder.cgroup_id == holder.cgroup_id)
     }
 
     fn insert(&mut self, entry: Entry) {
         let holder = &entry.grant.holder;
-        self.cgroups.entry(holder.cgroup_id).or_default().insert(holder.id.clone());
+        if holder.has_filter() {
+            self.cgroups.entry(holder.cgroup_id).or_default().insert(holder.id.clone());
+        }
         self.pages.entry(holder.id.clone()).or_default().push(Line::new(entry));
     }
 

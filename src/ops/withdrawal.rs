@@ -36,7 +36,7 @@ impl Executor {
 
     /// Whether a container's right is withdrawn.
     pub fn is_withdrawn(&self, holder: &Holder, number: Number) -> bool {
-        let is_it = |it: &Withdrawal| (it.holder.cgroup_id, it.number) == (holder.cgroup_id, number);
+        let is_it = |it: &Withdrawal| (it.holder.whose(), it.number) == (holder.whose(), number);
         self.ledger.withdrawn().iter().any(is_it)
     }
 

@@ -12,13 +12,15 @@ use crate::core::container::{Runtime, short_id};
 use crate::core::device::Number;
 use crate::core::policy::{Bounds, Subject};
 use crate::core::rule::Rule;
-use crate::core::spec::{self, add_devices};
+use crate::core::spec::{self, SpecDevice, add_devices};
 use crate::error::{Error, Result};
 use crate::precreate::discovery::{Discovery, Found, Request};
 use crate::precreate::log::Log;
 use crate::runtime::storage;
 use crate::sys::arrival::Arrivals;
+use crate::sys::devfs;
 use crate::sys::process::outer_user;
+use crate::sys::user::Account;
 
 /// A rule, or why it is none; and the annotation that it stands in.
 type Wish = (Option<String>, std::result::Result<Rule, Ignored>);
@@ -55,20 +57,28 @@ pub(super) fn subject(spec: &Value, wants_image: bool) -> Subject {
     // One that is made of a directory has no image, and that is known.
     let image = stored.as_ref().map(|stored| stored.image.clone().unwrap_or_default());
     let name = stored.and_then(|stored| stored.name);
+    let owner = outer_user();
+    // As the agent calls a user's containers.
+    let users = (owner != 0).then(|| Account::of(owner).label());
+    let of_user = |name: String| users.as_ref().map_or(name.clone(), |user| format!("{user}@{name}"));
+    let of_uid = |id: String| if owner == 0 { id } else { format!("{owner}@{id}") };
     Subject {
         // The engine that calls hooks.
         engine: Runtime::Crun.engine(),
         is_nameless: name.is_none(),
-        names: name.into_iter().chain(id).collect(),
+        names: name.map(of_user).into_iter().chain(id.map(of_uid)).collect(),
         image: image.filter(|_| wants_image),
-        owner: outer_user(),
+        owner,
+        is_users: owner != 0,
         cgroup: spec::cgroup_path(spec).unwrap_or_default(),
     }
 }
 
 /// What a person calls the container.
 fn label(subject: &Subject) -> String {
-    match &*subject.names {
+    // It is told to the user himself.
+    let names: Vec<&str> = subject.names.iter().map(|name| name.rsplit('@').next().unwrap_or(name)).collect();
+    match names[..] {
         [] => "(unknown)".into(),
         [id] => short_id(id).to_owned(),
         [name, id, ..] => format!("{name} ({})", short_id(id)),
@@ -90,6 +100,7 @@ pub(super) fn grant(
     let root = spec.pointer("/root/path").and_then(Value::as_str).map(str::to_owned);
     let bad = |reason| Error::BadFile { path: "config.json on stdin".into(), reason };
     let begun = Instant::now();
+    let is_mapped = spec::has_user_namespace(spec) && outer_user() == 0;
     let (mut changed, mut at_start, mut taken) = (false, Vec::new(), HashMap::<String, Number>::new());
     for (key, wish) in wishes {
         let refuse = |code: u8, reason: String| Error::Required {
@@ -113,7 +124,7 @@ pub(super) fn grant(
             Rule::Selection(selection) => format!("{} devices", selection.name),
         };
         let request = Request { bounds, root: root.as_deref(), taken: &taken };
-        let found = match look(&rule, &request, discovery, begun) {
+        let mut found = match look(&rule, &request, discovery, begun) {
             Ok(found) => found,
             Err(error) => {
                 tracing::warn!(container, "cannot look for {what}: {error}");
@@ -134,6 +145,15 @@ pub(super) fn grant(
             let missing = || format!("no device that matches '{}' is plugged in{waited}", selection.selector);
             let code = if withheld.is_some() { 5 } else { 4 };
             return Err(refuse(code, format!("it is required, and {}", withheld.unwrap_or_else(missing))));
+        }
+        if is_mapped {
+            found.devices.retain(|device| {
+                let stays = is_of_use_when_bound(device);
+                if !stays {
+                    log.info(&format!("Leaving device to the agent: {} (user namespace)", device.path));
+                }
+                stays
+            });
         }
         // As containers/qm's hook does, also where no device is found.
         changed |= spec::ensure_linux(spec);
@@ -168,6 +188,14 @@ pub(super) fn grant(
     }
     spec::note_at_start(spec, &at_start);
     Ok(changed)
+}
+
+/// Whether the container may open the node where its runtime binds that of the host, as it does in a user namespace: there
+/// is one at that path, and its owner, who is a stranger inside, is not the only one who may. Others the agent makes.
+fn is_of_use_when_bound(device: &SpecDevice) -> bool {
+    const READ_AND_WRITE_BY_ALL: u32 = 0o006;
+    let is_for_all = |host: &SpecDevice| host.mode & READ_AND_WRITE_BY_ALL == READ_AND_WRITE_BY_ALL;
+    devfs::read(&device.path).is_some_and(|host| host.number == device.number && is_for_all(&host))
 }
 
 /// Looks for what the rule stands for; again and again, where it says that it is to be waited for. All wait from the same

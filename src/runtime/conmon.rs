@@ -1,13 +1,20 @@
 //! conmon, the parent of a podman container's init: its command line holds the container's name.
 
+use std::fs::File;
+use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
+
+/// Of a longer command line, the end is not read: conmon's has three KiB.
+const LONGEST: u64 = 128 << 10;
 
 /// The name that podman gave the container `id`. Its conmon is the parent of init; while the container is being
 /// created the runtime's own processes are still between them.
 pub fn name_of(parent: u32, id: &str) -> Option<String> {
     let mut ancestor = parent;
     for _ in 0..4 {
-        let command_line = std::fs::read(format!("/proc/{ancestor}/cmdline")).ok()?;
+        let mut command_line = Vec::new();
+        let file = File::open(format!("/proc/{ancestor}/cmdline")).ok()?;
+        file.take(LONGEST).read_to_end(&mut command_line).ok()?;
         if let Some(name) = parse(&command_line, id) {
             return Some(name);
         }

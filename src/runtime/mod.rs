@@ -11,6 +11,7 @@ pub mod nspawn;
 pub mod places;
 pub mod runc;
 pub mod storage;
+pub mod users;
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -21,7 +22,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::core::container::Container;
+use crate::core::container::{Container, is_users};
 use crate::runtime::places::{Adapter, Patterns, Place};
 use crate::sys::process::Process;
 
@@ -43,7 +44,8 @@ pub fn scan() -> Vec<Container> {
         Found::Running(container) => Some(*container),
         Found::Starting | Found::Nothing => None,
     };
-    Patterns::of_host().places().into_iter().filter_map(running).collect()
+    let roots = Patterns::of_host().places().into_iter().filter_map(running);
+    roots.chain(users::uids().into_iter().flat_map(|uid| users::containers(uid).containers)).collect()
 }
 
 /// What is at a place now.
@@ -56,6 +58,9 @@ pub fn load(place: &Place) -> Found {
     let found = read.and_then(|found| match found {
         Found::Running(container) if has_control_characters(&container) => {
             Err(format!("its name {:?} has control characters", container.label()))
+        }
+        Found::Running(container) if is_users(&container.id) => {
+            Err(format!("its id {} is one that only an ordinary user's container has", container.id))
         }
         found => Ok(found),
     });

@@ -139,7 +139,7 @@ fn answer(prepared: &Prepared<'_>, record: &mut Record) -> std::result::Result<(
     record.nodev = i64::from(mount.f_flag.contains(StatVfsMountFlags::NODEV));
     record.filter = may(node, prepared.access);
     let Some(user) = prepared.user else { return Ok(()) };
-    become_user(user).map_err(at(Step::BecomeUser))?;
+    become_user(user, &record.stat).map_err(at(Step::BecomeUser))?;
     stay_ours(prepared.parent);
     if let Some((root, path)) = &root
         && let Err(errno) = resolve(root.as_fd(), path, OFlags::NOFOLLOW)
@@ -209,13 +209,15 @@ fn really_open(own_fds: BorrowedFd<'_>, node: BorrowedFd<'_>, flags: OFlags) -> 
 
 /// Takes on ids, groups and the capabilities that pass over permission bits. The raw calls are for this thread alone,
 /// the only one; the C library's would look for others.
-fn become_user(user: &User) -> std::result::Result<(), Errno> {
+fn become_user(user: &User, node: &Stat) -> std::result::Result<(), Errno> {
     #[repr(C)]
     struct Header(u32, i32);
     /// Effective, permitted, inheritable (linux/capability.h), low half and high half.
     type Data = [[u32; 3]; 2];
     const VERSION_3: u32 = 0x2008_0522;
-    let held = user.capabilities as u32;
+    // capable_wrt_inode_uidgid() of kernel/capability.c.
+    let counts = user.namespace.as_ref().is_none_or(|namespace| namespace.knows(node.st_uid, node.st_gid));
+    let held = if counts { user.capabilities as u32 } else { 0 };
     let data: Data = [[held, held, 0], [0; 3]];
     let header = Header(VERSION_3, 0);
     // SAFETY: the list of groups and both structures live until the calls return and are as long as they say.

@@ -5,7 +5,7 @@ use caps::{CapSet, Capability, CapsHashSet};
 use crate::error::{Error, Result};
 
 /// What each capability is for; without one of these nothing works.
-pub const NEEDED: [(Capability, &str); 7] = [
+pub const NEEDED: [(Capability, &str); 9] = [
     (Capability::CAP_SYS_ADMIN, "to load device programs and to join mount namespaces"),
     (Capability::CAP_SYS_CHROOT, "to join mount namespaces"),
     (Capability::CAP_MKNOD, "to make device nodes"),
@@ -16,6 +16,8 @@ pub const NEEDED: [(Capability, &str); 7] = [
         "to write into a container's /dev, whatever its permissions, and to read the runtimes' state",
     ),
     (Capability::CAP_SYS_PTRACE, "to look at a container's root through /proc"),
+    (Capability::CAP_SETUID, "to make files as the root of a container's user namespace"),
+    (Capability::CAP_SETGID, "to make files as the root of a container's user namespace"),
 ];
 
 /// What the agent keeps beside these, where it has it: a receive buffer that holds a storm of events (SO_RCVBUFFORCE).

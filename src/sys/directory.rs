@@ -41,7 +41,7 @@ pub(super) fn open_directory(
                             "its {above} is the host's own, where nothing is made: use the path that the device has on the host"
                         )));
                     }
-                    check_file_system(&at, above)?;
+                    check_file_system(inside, &at, above)?;
                     match mkdirat(&at, part, Mode::from_raw_mode(0o755)) {
                         Ok(()) => {
                             made.push(below.clone());
@@ -58,7 +58,7 @@ pub(super) fn open_directory(
         }
     }
     if made.is_some() {
-        check_file_system(&at, path)?;
+        check_file_system(inside, &at, path)?;
     }
     Ok(Some(at))
 }
@@ -86,7 +86,7 @@ pub(super) fn resolve(inside: Inside<'_>, path: &str) -> Result<Option<OwnedFd>,
 }
 
 /// A node is of use only where the file system takes it and lets it be opened.
-fn check_file_system(directory: &OwnedFd, path: &str) -> Result<(), NodeError> {
+fn check_file_system(inside: Inside<'_>, directory: &OwnedFd, path: &str) -> Result<(), NodeError> {
     let kind =
         fstatfs(directory).map_err(NodeError::failed(format!("look at the file system of {path}")))?.f_type as u64;
     if KERNEL_FILE_SYSTEMS.contains(&kind) {
@@ -95,7 +95,8 @@ fn check_file_system(directory: &OwnedFd, path: &str) -> Result<(), NodeError> {
         )));
     }
     let flags = fstatvfs(directory).map_err(NodeError::failed(format!("look at the mount of {path}")))?.f_flag;
-    if flags.contains(StatVfsMountFlags::NODEV) {
+    // What is mounted over a file there has flags of its own.
+    if flags.contains(StatVfsMountFlags::NODEV) && inside.mapped.is_none() {
         return Err(NodeError::Refused(format!(
             "{path} is mounted nodev, so no device can be opened there: name another destination"
         )));

@@ -13,8 +13,12 @@ use rustix::io::Errno;
 
 use crate::core::waits::Waits;
 use crate::error::{Error, Result};
+use crate::sys::group;
 use crate::sys::host::Host;
+use crate::sys::mounted::Mapped;
 use crate::sys::process::Process;
+use crate::sys::user_namespace::{UserNamespace, made_by};
+use crate::sys::workshop;
 
 /// How long work inside a container may take. A container can mount a file system of its own making (FUSE) that never
 /// answers, and a network file system may not; the work itself takes microseconds.
@@ -35,6 +39,8 @@ pub struct Inside<'a> {
     pub root: BorrowedFd<'a>,
     /// The host that it is not.
     pub host: Host,
+    /// Where it has a user namespace of its own: how nodes get there.
+    pub mapped: Option<&'a Mapped<'a>>,
     given_up: &'a AtomicBool,
 }
 
@@ -138,18 +144,37 @@ impl Visit {
                 reason: "its root directory is the host's own: it is no container, or it is still starting".into(),
             });
         }
+        let mapped = match self.mapped() {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => return Err(self.exited()),
+            Err(error) => return Err(self.failed("prepare for its user namespace", error)),
+            Ok(mapped) => mapped,
+        };
         // A thread that shares its root and umask with others may not change mount namespaces (setns(2)).
         match unshare(CloneFlags::CLONE_FS).and_then(|()| setns(self.pidfd.as_fd(), CloneFlags::CLONE_NEWNS)) {
             Err(NixErrno::ESRCH) => return Err(self.exited()),
             Err(error) => return Err(self.failed("join its mount namespace", error.into())),
             Ok(()) => {}
         }
-        // The root was opened by number before: only now it is sure whose it is.
+        // Root and ids were looked up by number before: only now it is sure whose they are.
         if crate::sys::process::has_exited(self.pidfd.as_fd()) {
             return Err(self.exited());
         }
         rustix::process::umask(Mode::empty());
-        Ok(work(Inside { root: root.as_fd(), host: self.host, given_up }))
+        if let Some(mapped) = &mapped {
+            mapped
+                .users
+                .make_files_as_root(mapped.made_by != 0)
+                .map_err(|error| self.failed("act as its root", error))?;
+        }
+        Ok(work(Inside { root: root.as_fd(), host: self.host, mapped: mapped.as_ref(), given_up }))
+    }
+
+    /// Where it has a user namespace: what has to be at hand before its mount namespace is joined.
+    fn mapped(&self) -> std::io::Result<Option<Mapped<'_>>> {
+        let Some(users) = UserNamespace::of(self.pid)? else { return Ok(None) };
+        workshop::prepare()?;
+        let made_by = made_by(self.pid)?;
+        Ok(Some(Mapped { users, made_by, pidfd: self.pidfd.as_fd(), descriptors: group::own_descriptors()? }))
     }
 
     fn exited(&self) -> Error {

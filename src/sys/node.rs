@@ -15,6 +15,7 @@ use crate::core::device::{Kind, Number};
 use crate::core::ledger::Node;
 use crate::failpoint::reached;
 use crate::sys::directory::{is_hosts, on_host, open_directory, remove_directories, resolve, split};
+use crate::sys::mounted;
 use crate::sys::namespace::Inside;
 
 /// Whose node is at the path after [`make`].
@@ -103,9 +104,13 @@ pub fn stands(inside: Inside<'_>, number: Number, node: &Node) -> bool {
     let (parent, name) = split(&node.path);
     let Ok(Some(directory)) = open_directory(inside, parent, None) else { return false };
     let Ok(Some(stat)) = look(&directory, name, &node.path) else { return false };
+    let (uid, gid) = inside.mapped.map_or((node.uid, node.gid), |mapped| mapped.users.owner_of(node));
     let is_as_made = match node.link_to {
         Some(_) => number_of(&stat).is_none(),
-        None => (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777) == (node.uid, node.gid, node.mode),
+        None => {
+            (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777) == (uid, gid, node.mode)
+                && (inside.mapped.is_none() || mounted::is_ours(&directory, name))
+        }
     };
     is_as_made && is_it(&directory, name, &stat, number, node) && is_hosts(inside, &directory).is_ok_and(|its| !its)
 }
@@ -126,15 +131,17 @@ pub fn remove(inside: Inside<'_>, number: Number, node: &Node, directories: &[St
         && !is_hosts(inside, &directory)?
     {
         sweep(&directory, &temporary_name(name));
-        if let Some(stat) = look(&directory, name, path)?
-            && is_it(&directory, name, &stat, number, node)
-        {
-            match unlinkat(&directory, name, AtFlags::empty()) {
-                Ok(()) => removed = true,
-                Err(Errno::NOENT) => {}
-                Err(errno) => return Err(NodeError::failed(format!("remove {path}"))(errno)),
+        match look(&directory, name, path)? {
+            Some(stat) if is_it(&directory, name, &stat, number, node) => {
+                removed = take_out(inside, &directory, name, &stat)
+                    .map_err(|source| NodeError::Failed { what: format!("remove {path}"), source })?;
+                reached("node: removed");
             }
-            reached("node: removed");
+            Some(_) if let Some(mapped) = inside.mapped => {
+                mounted::remove_placeholder(mapped, &directory, name)
+                    .map_err(NodeError::failed(format!("remove the empty file {path}")))?;
+            }
+            _ => {}
         }
     }
     remove_directories(inside, directories);
@@ -152,7 +159,7 @@ fn make_in(
     replace: bool,
 ) -> Result<bool, NodeError> {
     let path = &node.path;
-    let found = look(directory, name, path)?;
+    let mut found = look(directory, name, path)?;
     let same = found.as_ref().is_some_and(|stat| is_it(directory, name, stat, number, node));
     if is_hosts(inside, directory)? {
         // The host's own link leads there in its own way.
@@ -165,6 +172,8 @@ fn make_in(
             )))
         };
     }
+    let is_placeholder =
+        |stat: &Stat| inside.mapped.is_some_and(|it| node.link_to.is_none() && mounted::is_placeholder(it, stat));
     match &found {
         Some(_) if same => return Ok(false),
         Some(stat) if number_of(stat).is_some() && !replace => {
@@ -172,7 +181,7 @@ fn make_in(
                 "{path} is already the node of another device: name another destination"
             )));
         }
-        Some(stat) if number_of(stat).is_none() => {
+        Some(stat) if number_of(stat).is_none() && !is_placeholder(stat) => {
             return Err(NodeError::Refused(format!(
                 "{path} is already there and is {}, which is left alone: name another destination",
                 what_is(stat)
@@ -182,6 +191,17 @@ fn make_in(
     }
     if inside.is_given_up() {
         return Err(NodeError::Refused(format!("{parent} answered too late")));
+    }
+    if let Some(mapped) = inside.mapped {
+        let failed = |source| NodeError::Failed { what: format!("mount a device node at {path}"), source };
+        // What is mounted there cannot be renamed over.
+        if let Some(number) = found.as_ref().and_then(number_of) {
+            mounted::take_out(mapped, directory, name, number).map_err(failed)?;
+            found = None;
+        }
+        if node.link_to.is_none() {
+            return mounted::put(mapped, directory, name, found.is_some(), number, node).map(|()| true).map_err(failed);
+        }
     }
     let temporary = temporary_name(name);
     sweep(directory, &temporary);
@@ -213,6 +233,18 @@ fn make_in(
     }
     reached("node: in its place");
     placed.map(|()| true)
+}
+
+/// Removes a node or a link that was looked at. Says whether it was still that one.
+pub(super) fn take_out(inside: Inside<'_>, directory: &OwnedFd, name: &str, stat: &Stat) -> io::Result<bool> {
+    let result = match (inside.mapped, number_of(stat)) {
+        (Some(mapped), Some(number)) => mounted::take_out(mapped, directory, name, number),
+        _ => unlinkat(directory, name, AtFlags::empty()).map(|()| true).map_err(io::Error::from),
+    };
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        result => result,
+    }
 }
 
 /// Removes what an interrupted [`make`] left under its temporary name. A container may put other things there: of what is
@@ -267,7 +299,7 @@ pub fn anonymous(number: Number) -> io::Result<OwnedFd> {
     fd
 }
 
-fn make_at(directory: impl AsFd, name: &str, number: Number, mode: u32) -> Result<(), Errno> {
+pub(super) fn make_at(directory: impl AsFd, name: &str, number: Number, mode: u32) -> Result<(), Errno> {
     let kind = match number.kind {
         Kind::Char => FileType::CharacterDevice,
         Kind::Block => FileType::BlockDevice,

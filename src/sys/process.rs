@@ -7,6 +7,7 @@ use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::core::device::{Kind, Number};
+use crate::sys::user_namespace::UserNamespace;
 
 /// A process, held by a pidfd, so that its number cannot come to mean another one unnoticed.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub struct User {
     pub groups: Vec<u32>,
     /// Which of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH are in effect, as a bit set: they pass over permission bits.
     pub capabilities: u64,
+    /// Where it has a user namespace of its own: these capabilities are over files alone whose owner it knows.
+    pub namespace: Option<UserNamespace>,
 }
 
 impl Process {
@@ -54,11 +57,18 @@ impl Process {
 
     /// Who it is when it opens a file.
     pub fn user(&self) -> procfs::ProcResult<User> {
+        let namespace = UserNamespace::of(self.pid)?;
         /// CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH (linux/capability.h).
         const OVER_PERMISSIONS: u64 = 1 << 1 | 1 << 2;
         let status = procfs::process::Process::new(self.pid as i32)?.status()?;
         let groups = status.groups.into_iter().collect();
-        Ok(User { uid: status.fuid, gid: status.fgid, groups, capabilities: status.capeff & OVER_PERMISSIONS })
+        Ok(User {
+            uid: status.fuid,
+            gid: status.fgid,
+            groups,
+            capabilities: status.capeff & OVER_PERMISSIONS,
+            namespace,
+        })
     }
 
     /// What a security module calls it: an SELinux context, an AppArmor profile. `None` without such a module.
@@ -90,6 +100,16 @@ impl Process {
         let its = self.mount_namespace()?;
         // Process 1 may be out of our sight (a hardened host); our own namespace is always readable.
         Ok(["self", "1"].into_iter().filter_map(|pid| mount_namespace(pid).ok()).any(|ours| ours == its))
+    }
+
+    /// Whether its root directory is ours.
+    pub fn has_hosts_root(&self) -> std::io::Result<bool> {
+        // Without synchronisation: the file system may be of the container's making.
+        let root = |path: &str| {
+            let stat = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::BASIC_STATS)?;
+            Ok::<_, rustix::io::Errno>((stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino))
+        };
+        Ok(root(&format!("/proc/{}/root", self.pid))? == root("/")?)
     }
 
     /// Whether it runs the same program file as the process with that number, as it does between fork(2) and execve(2).
@@ -149,6 +169,14 @@ pub fn is_gone(pid: u32, start_time: u64) -> bool {
             has_exited(fd.as_fd()) || stat.is_ok_and(|stat| stat.starttime != start_time)
         }
     }
+}
+
+/// The processes in the mount namespace of this one.
+pub fn sharing_mounts(pid: u32) -> Vec<u32> {
+    let Ok(its) = mount_namespace(&pid.to_string()) else { return Vec::new() };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &u32| mount_namespace(&pid.to_string()).is_ok_and(|other| other == its)).collect()
 }
 
 /// Those of these processes that have the device open, as `PID (NAME)`.

@@ -2,12 +2,12 @@
 
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, fstat, openat, readlinkat, statat, unlinkat};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, Stat, fstat, openat, readlinkat, statat, unlinkat};
 
 use crate::core::device::Number;
 use crate::sys::directory::{is_hosts, open_directory};
 use crate::sys::namespace::Inside;
-use crate::sys::node::number_of;
+use crate::sys::node::{number_of, take_out};
 
 /// How deep below `/dev`, and at how many names at most, is looked: a container can fill it as it likes.
 const DEPTH: usize = 8;
@@ -22,7 +22,9 @@ pub fn remove(inside: Inside<'_>, number: Number) -> Vec<String> {
         return Vec::new();
     }
     let mut search = Search { number, file_system: stat.st_dev, left: MOST, removed: Vec::new() };
-    search.visit(&dev, "/dev", DEPTH, &Search::take_node);
+    search.visit(&dev, "/dev", DEPTH, &|search, directory, name, path| {
+        search.take_node(directory, name, path, |stat| take_out(inside, directory, name, stat).unwrap_or(false))
+    });
     if !search.removed.is_empty() {
         search.left = MOST;
         search.visit(&dev, "/dev", DEPTH, &Search::take_link);
@@ -75,10 +77,9 @@ impl Search {
         has_taken
     }
 
-    fn take_node(&mut self, directory: &OwnedFd, name: &str, path: String) -> bool {
-        let is_one =
-            statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| number_of(&stat) == Some(self.number));
-        let is_gone = is_one && unlinkat(directory, name, AtFlags::empty()).is_ok();
+    fn take_node(&mut self, directory: &OwnedFd, name: &str, path: String, take_out: impl Fn(&Stat) -> bool) -> bool {
+        let found = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
+        let is_gone = found.is_ok_and(|stat| number_of(&stat) == Some(self.number) && take_out(&stat));
         if is_gone {
             self.removed.push(path);
         }

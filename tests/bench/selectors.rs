@@ -65,7 +65,14 @@ fn hostile<S: Sysfs>(device: &Device, look: impl Fn() -> S) -> Vec<Figure> {
             let (facts, mut grants, mut refused) = (Facts::new(device, &sysfs), Vec::new(), Vec::new());
             for holder in &holders {
                 let bounds = Bounds::default();
-                let asking = Asking { holder, named: &[], rules: &rules, bounds: &bounds, group: &|_| None };
+                let asking = Asking {
+                    holder,
+                    named: &[],
+                    rules: &rules,
+                    bounds: &bounds,
+                    group: &|_| None,
+                    own_refusal: &|_| None,
+                };
                 asking.desired(&facts, &mut grants, &mut refused);
             }
             let (kept, _) = settle(grants, &[], |_| false);

@@ -17,9 +17,12 @@ use qm_hotplug::core::device::{Kind, Number};
 use qm_hotplug::sys::process::Process;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, makedev, mknodat, open, renameat_with, unlinkat};
 use rustix::io::Errno;
+use rustix::process::{Gid, Uid};
 
 /// First argument of a test program that is to be an actor.
 const ARGUMENT: &str = "--actor";
+/// Last argument of one that is to have a user namespace.
+const MAPPED: &str = "--mapped";
 
 /// What an actor did in the background until it was stopped.
 #[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
@@ -57,11 +60,27 @@ pub struct Actor {
 impl Actor {
     /// Starts one; with a root directory, in a mount namespace of its own that has this root, like a container.
     pub fn start(root: Option<&Path>) -> Actor {
+        Actor::start_as(root, None)
+    }
+
+    /// Starts one with a root directory in a user namespace, with these lines as its maps of users and of groups.
+    pub fn start_mapped(root: &Path, map: &str) -> Actor {
+        Actor::start_as(Some(root), Some(map))
+    }
+
+    fn start_as(root: Option<&Path>, map: Option<&str>) -> Actor {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.arg(ARGUMENT).args(root).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.arg(ARGUMENT).args(root).args(map.map(|_| MAPPED)).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (stdin, stdout) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
         let mut actor = Actor { child, stdin, stdout };
+        if let Some(map) = map {
+            assert_eq!(actor.ask(&["maps"]), "without maps");
+            for file in ["uid_map", "gid_map"] {
+                std::fs::write(format!("/proc/{}/{file}", actor.pid()), map).unwrap();
+            }
+            assert_eq!(actor.ask(&["go on"]), "mapped");
+        }
         assert_eq!(actor.ask(&["hello"]), "hello");
         actor
     }
@@ -109,6 +128,30 @@ impl Actor {
         assert_eq!(self.ask(&["remount", if read_only { "ro" } else { "rw" }, path]), "0");
     }
 
+    /// Makes a mount read-only, and no other one of its file system.
+    #[track_caller]
+    pub fn remount_bound(&mut self, path: &str) {
+        assert_eq!(self.ask(&["remount", "bound ro", path]), "0");
+    }
+
+    /// Does something with files: `file PATH TEXT`, `directory PATH`, `link TARGET PATH`, `remove PATH`.
+    #[track_caller]
+    pub fn files(&mut self, words: &[&str]) {
+        assert_eq!(self.ask(words), "0", "{words:?}");
+    }
+
+    /// Mounts `tmpfs`, or binds a path.
+    #[track_caller]
+    pub fn mount(&mut self, what: &str, path: &str) -> Result<(), Errno> {
+        parse(&self.ask(&["mount", what, path]))
+    }
+
+    /// Unmounts, also what is in use.
+    #[track_caller]
+    pub fn unmount(&mut self, path: &str) -> Result<(), Errno> {
+        parse(&self.ask(&["umount", path]))
+    }
+
     /// Starts to open a path in a loop.
     pub fn hammer(&mut self, how: &str, path: impl AsRef<Path>) {
         self.begin(&["hammer", how, path.as_ref().to_str().unwrap()]);
@@ -154,7 +197,10 @@ pub fn become_if_asked() {
         return;
     }
     if let Some(root) = arguments.next() {
-        enter_root(root.as_ref());
+        match arguments.next() {
+            Some(_) => enter_mapped_root(root.as_ref()),
+            None => enter_root(root.as_ref()),
+        }
     }
     let mut background: Vec<JoinHandle<Tally>> = Vec::new();
     let running = Arc::new(AtomicBool::new(true));
@@ -168,10 +214,26 @@ pub fn become_if_asked() {
             ["mknod", kind, major, minor, path] => {
                 errno(try_mknod(kind, major.parse().unwrap(), minor.parse().unwrap(), path))
             }
+            ["mount", what, path] => errno(nix_errno(mount(
+                Some(what).filter(|what| *what != "tmpfs"),
+                path,
+                Some(what).filter(|what| *what == "tmpfs"),
+                if what == "tmpfs" { MsFlags::empty() } else { MsFlags::MS_BIND },
+                Some("size=4k,nr_inodes=2").filter(|_| what == "tmpfs"),
+            ))),
+            ["file", path, text] => io_errno(std::fs::write(path, text)),
+            ["directory", path] => io_errno(std::fs::create_dir_all(path)),
+            ["link", target, path] => io_errno(symlink(target, path)),
+            ["remove", path] => io_errno(std::fs::remove_file(path)),
+            ["umount", path] => errno(nix_errno(umount2(path, MntFlags::MNT_DETACH))),
             ["remount", how, path] => {
-                let flags = MsFlags::MS_REMOUNT | if how == "ro" { MsFlags::MS_RDONLY } else { MsFlags::empty() };
-                let result = mount(None::<&str>, path, None::<&str>, flags, None::<&str>);
-                errno(result.map_err(|errno| Errno::from_raw_os_error(errno as i32)))
+                let flags = MsFlags::MS_REMOUNT
+                    | match how {
+                        "ro" => MsFlags::MS_RDONLY,
+                        "bound ro" => MsFlags::MS_RDONLY | MsFlags::MS_BIND,
+                        _ => MsFlags::empty(),
+                    };
+                errno(nix_errno(mount(None::<&str>, path, None::<&str>, flags, None::<&str>)))
             }
             ["stop"] => {
                 running.store(false, Ordering::Relaxed);
@@ -208,6 +270,20 @@ fn in_background(words: &[&str]) -> Box<dyn FnMut(&mut Tally) + Send> {
             let until = Instant::now() + Duration::from_micros(tally.tries * 37 % 251);
             while Instant::now() < until {}
         }),
+        // A path is unmounted, again and again, with what lies below.
+        "unmount" => Box::new(move |tally| {
+            tally.count(nix_errno(umount2(&*words[1], MntFlags::MNT_DETACH)));
+        }),
+        // A file is replaced by a link to something else as soon as it is there, for a moment.
+        "replace" => Box::new(move |tally| {
+            if std::fs::symlink_metadata(&words[1]).is_ok_and(|file| file.is_file())
+                && std::fs::remove_file(&words[1]).is_ok()
+            {
+                tally.count(symlink(&words[2], &words[1]).map_err(|_| Errno::EXIST));
+                std::thread::sleep(Duration::from_micros(20));
+                let _ = std::fs::remove_file(&words[1]);
+            }
+        }),
         // A node under its temporary name is replaced by a link to something else, and so is whatever stands there.
         "ambush" => Box::new(move |tally| {
             for entry in std::fs::read_dir(&words[1]).into_iter().flatten().flatten() {
@@ -220,6 +296,14 @@ fn in_background(words: &[&str]) -> Box<dyn FnMut(&mut Tally) + Send> {
         }),
         other => panic!("an actor knows no {other}"),
     }
+}
+
+fn io_errno(result: std::io::Result<()>) -> String {
+    result.err().and_then(|error| error.raw_os_error()).unwrap_or(0).to_string()
+}
+
+fn nix_errno(result: nix::Result<()>) -> Result<(), Errno> {
+    result.map_err(|errno| Errno::from_raw_os_error(errno as i32))
 }
 
 fn errno(result: Result<(), Errno>) -> String {
@@ -239,6 +323,21 @@ fn try_mknod(kind: &str, major: u32, minor: u32, path: &str) -> Result<(), Errno
     let kind = if kind.starts_with(Kind::Block.letter()) { FileType::BlockDevice } else { FileType::CharacterDevice };
     mknodat(CWD, path, kind, Mode::from_raw_mode(0o600), makedev(major, minor))?;
     unlinkat(CWD, path, AtFlags::empty())
+}
+
+/// In a user namespace, with a `/dev` of its own on a file system of its own.
+fn enter_mapped_root(root: &Path) {
+    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS).unwrap();
+    for answer in ["without maps", "mapped"] {
+        std::io::stdin().read_line(&mut String::new()).unwrap();
+        println!("{answer}");
+    }
+    rustix::thread::set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT).unwrap();
+    rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).unwrap();
+    // What was mounted before is locked in a new user namespace (mount_namespaces(7)): its root is a copy.
+    mount(Some(root), root, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>).unwrap();
+    enter_root(root);
+    mount(Some("none"), "/dev", Some("tmpfs"), MsFlags::empty(), Some("mode=0755")).unwrap();
 }
 
 fn enter_root(root: &Path) {

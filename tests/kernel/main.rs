@@ -12,8 +12,10 @@ mod filter;
 mod foreign;
 mod hostile;
 mod kernel_bpf;
+mod mapped;
 mod marks;
 mod nodes;
+mod permission;
 mod probe;
 mod refused;
 mod stage;
@@ -37,11 +39,13 @@ fn main() {
         standing::TESTS,
         refused::TESTS,
         nodes::TESTS,
+        mapped::TESTS,
         hostile::TESTS,
         foreign::TESTS,
         attach::TESTS,
         unfit::TESTS,
         block::TESTS,
+        permission::TESTS,
         probe::TESTS,
         explain::TESTS,
     ]

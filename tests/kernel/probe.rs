@@ -37,7 +37,7 @@ const EACCES: Option<i32> = Some(13);
 const ENXIO: Option<i32> = Some(6);
 
 fn root_user() -> User {
-    User { uid: 0, gid: 0, groups: vec![], capabilities: 0 }
+    User { uid: 0, gid: 0, groups: vec![], capabilities: 0, namespace: None }
 }
 
 fn asked(container: &Container, path: &str, access: Access, user: &User, open: bool) -> Result<Answer> {
@@ -85,7 +85,13 @@ fn the_filter_answers() {
 
 fn the_user_of_init() {
     let c = container(&allow_only(NULL));
-    let of = |uid, gid, groups: &[u32], capabilities| User { uid, gid, groups: groups.to_vec(), capabilities };
+    let of = |uid, gid, groups: &[u32], capabilities| User {
+        uid,
+        gid,
+        groups: groups.to_vec(),
+        capabilities,
+        namespace: None,
+    };
     rustix::fs::chmod(c.path("/dev/null"), Mode::from_raw_mode(0o640)).unwrap();
     rustix::fs::chown(c.path("/dev/null"), Some(rustix::fs::Uid::ROOT), Some(rustix::fs::Gid::from_raw(20))).unwrap();
     for (user, access, expected) in [

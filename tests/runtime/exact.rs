@@ -27,6 +27,9 @@ impl Exact {
         for c in all {
             lines.insert(format!("programs of {}: {:?}", c.name, programs_on(&c.cgroup())));
             list(Path::new(&format!("/proc/{}/root/dev", c.pid())), &mut lines);
+            // Each with its turn, since one may lie over another.
+            let mounted = mounts(c).into_iter().filter(|path| path.starts_with("/dev/")).enumerate();
+            lines.extend(mounted.map(|(turn, path)| format!("mount {turn} of {}: {path}", c.name)));
         }
         // Half-made nodes and what probes leave.
         for place in ["/dev", "/run"] {
@@ -40,6 +43,12 @@ impl Exact {
         lines.extend(ledger().into_iter().flat_map(|(path, text)| page(&path, &text)));
         Exact(lines)
     }
+}
+
+/// Where something is mounted in the container.
+pub(crate) fn mounts(c: &Container) -> Vec<String> {
+    let text = fs::read_to_string(format!("/proc/{}/mountinfo", c.pid())).unwrap();
+    text.lines().map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect()
 }
 
 fn withdrawn() -> Vec<Entry> {

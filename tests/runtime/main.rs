@@ -27,10 +27,12 @@ mod precreate;
 mod refusals;
 mod refused_containers;
 mod refused_destinations;
+mod rootless;
 mod selectors;
 mod state;
 mod storm;
 mod updates;
+mod userns;
 mod verify;
 
 #[path = "../support/mod.rs"]
@@ -73,6 +75,8 @@ fn main() {
         selectors::CASES,
         policy::CASES,
         engines::CASES,
+        rootless::CASES,
+        userns::CASES,
     ];
     let each = |(name, case): &Case| {
         let case = *case;

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::Case;
 use crate::plug::{block, console, numbers, one_of_each};
 use crate::state::observe;
-use crate::support::podman::{Bare, Container, podman};
+use crate::support::podman::{Container, podman};
 use crate::support::{Agent, Said, qm, wait_for};
 
 pub(crate) const CASES: &[Case] = &[
@@ -17,7 +17,6 @@ pub(crate) const CASES: &[Case] = &[
     ("explain::a_container_without_a_grant", a_container_without_a_grant),
     ("explain::what_annotations_ask_for", what_annotations_ask_for),
     ("explain::selectors_links_and_policy", selectors_links_and_policy),
-    ("explain::a_container_with_a_user_namespace", a_container_with_a_user_namespace),
 ];
 
 fn json(said: &Said) -> Value {
@@ -243,15 +242,6 @@ fn selectors_links_and_policy(runtime: &str) {
     let notes = texts(&said, "rule", "note");
     assert!(notes[0].contains("no, the policy denies it: ") && notes[0].contains("devname=tty30"), "{notes:?}");
     drop(policy);
-}
-
-fn a_container_with_a_user_namespace(runtime: &str) {
-    let bare = Bare::start_in_user_namespace(runtime, "qmh-userns");
-    let said = json(&qm(&["explain", &bare.id, "/dev/tty7", "--json"]));
-    assert_eq!(said["accessible"], Value::Null);
-    let problem = texts(&said, "container", "bad");
-    assert!(problem.len() == 1 && problem[0].contains("user namespace"), "{said}");
-    qm(&["verify", &bare.id, "/dev/tty7"]).fails(5, "user namespace");
 }
 
 /// A configuration of this host, in this test program's mount namespace alone; gone when dropped.

@@ -4,6 +4,7 @@
 pub mod crowd;
 pub mod podman;
 pub mod udev;
+pub mod user;
 
 use std::fs::File;
 use std::io::Read;

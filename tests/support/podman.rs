@@ -13,7 +13,7 @@ use super::{Said, run};
 pub const RUNTIMES: [&str; 2] = ["runc", "crun"];
 
 /// What runs here without CAP_SYS_RESOURCE.
-const MODEST: [&str; 7] = [
+pub const MODEST: [&str; 7] = [
     "--security-opt",
     "seccomp=unconfined",
     "--pids-limit=-1",
@@ -51,6 +51,19 @@ pub fn place() -> &'static Path {
         }
         place
     })
+}
+
+/// The host's id of the root in containers with a user namespace.
+pub const MAPPED: u32 = 100_000;
+
+/// The root file system as one that belongs to [`MAPPED`].
+fn mapped_rootfs() -> PathBuf {
+    let path = place().join("rootfs-mapped");
+    if !path.exists() {
+        run("cp", &["-a", place().join("rootfs").to_str().unwrap(), path.to_str().unwrap()]).ok();
+        run("chown", &["-hR", &format!("{MAPPED}:{MAPPED}"), path.to_str().unwrap()]).ok();
+    }
+    path
 }
 
 /// Removes all containers of this program.
@@ -120,6 +133,23 @@ impl Container {
         let rootfs = format!("{}:O", place().join("rootfs").display());
         Container::try_start(global, runtime, name, options, &["--rootfs", &rootfs], command)
             .unwrap_or_else(|said| panic!("{said:?}"))
+    }
+
+    /// Starts a container that sleeps in a user namespace: its ids are those from [`MAPPED`] on.
+    pub fn start_mapped(runtime: &str, name: &str, options: &[&str]) -> Container {
+        Container::start_mapped_under(&[], runtime, name, options)
+    }
+
+    /// The same with options for podman itself.
+    pub fn start_mapped_under(global: &[&str], runtime: &str, name: &str, options: &[&str]) -> Container {
+        let rootfs = format!("{}:O", mapped_rootfs().display());
+        let map = format!("0:{MAPPED}:65536");
+        let options = [&["--uidmap", &map, "--gidmap", &map], options].concat();
+        let (root, command) = (["--rootfs", &rootfs], ["sleep", "1000"]);
+        let container = Container::try_start(global, runtime, name, &options, &root, &command);
+        // crun gives the container's root the file that its standard streams are: the host's /dev/null.
+        std::os::unix::fs::chown("/dev/null", Some(0), Some(0)).unwrap();
+        container.unwrap_or_else(|said| panic!("{said:?}"))
     }
 
     /// Starts a container from `root`, an image or `--rootfs` with a directory. The error is what podman said.
@@ -227,54 +257,6 @@ pub fn describe(found: &Metadata) -> String {
     };
     let (major, minor) = (rustix::fs::major(found.rdev()), rustix::fs::minor(found.rdev()));
     format!("{kind} {major}:{minor} {}:{} {:04o}", found.uid(), found.gid(), found.mode() & 0o7777)
-}
-
-/// A container that runc or crun runs by itself, removed when dropped. For what podman cannot make on storage like ours.
-pub struct Bare {
-    runtime: String,
-    pub id: String,
-}
-
-impl Bare {
-    /// Starts one that sleeps in a user namespace.
-    pub fn start_in_user_namespace(runtime: &str, id: &str) -> Bare {
-        let bundle = place().join(id);
-        let _ = std::fs::remove_dir_all(&bundle);
-        std::fs::create_dir_all(&bundle).unwrap();
-        std::fs::set_permissions(&bundle, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let bundle = bundle.to_str().unwrap();
-        let config = format!("{bundle}/config.json");
-        let said: Said = Command::new(runtime).arg("spec").current_dir(bundle).output().unwrap().into();
-        said.ok();
-        let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
-        spec["process"]["terminal"] = false.into();
-        spec["process"]["args"] = serde_json::json!(["sleep", "1000"]);
-        spec["process"].as_object_mut().unwrap().remove("rlimits");
-        spec["root"] = serde_json::json!({ "path": place().join("rootfs"), "readonly": true });
-        let map = serde_json::json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
-        spec["linux"]["uidMappings"] = map.clone();
-        spec["linux"]["gidMappings"] = map;
-        spec["linux"]["namespaces"].as_array_mut().unwrap().push(serde_json::json!({ "type": "user" }));
-        std::fs::write(&config, spec.to_string()).unwrap();
-        let mut command = Command::new(runtime);
-        command.args(["run", "--detach", "--bundle", bundle, id]);
-        // A detached container keeps its standard streams: they must not be ours to wait for.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        // SAFETY: the child only makes one system call before exec.
-        #[allow(unsafe_code)]
-        unsafe {
-            command.pre_exec(pretend_memlock)
-        };
-        let bare = Bare { runtime: runtime.to_owned(), id: id.to_owned() };
-        assert!(command.status().unwrap().success(), "{command:?}");
-        bare
-    }
-}
-
-impl Drop for Bare {
-    fn drop(&mut self) {
-        let _ = Command::new(&self.runtime).args(["delete", "--force", &self.id]).output();
-    }
 }
 
 /// Lets `setrlimit(RLIMIT_MEMLOCK)` succeed without effect, by a seccomp filter on podman and its children. crun before

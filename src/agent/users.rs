@@ -1,0 +1,49 @@
+//! The containers of ordinary users, who can have them looked at as often as they like.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use crate::agent::news::What;
+use crate::agent::registry::Registry;
+use crate::agent::{Compared, reconcile};
+use crate::ops::Executor;
+use crate::runtime::users;
+use crate::sys::cgroup::CgroupRoot;
+
+impl Registry {
+    /// Takes in the containers of an ordinary user. Returns the ids of those that have to be looked at.
+    pub(super) fn look_at_user(&mut self, cgroups: &CgroupRoot, uid: u32) -> BTreeSet<String> {
+        let users::Listing { containers, is_cut } = users::containers(uid);
+        if is_cut {
+            let text = format!("user {uid} has more containers than are looked at: the first {}", users::MOST);
+            self.said.once(&format!("{uid}@"), "", text);
+        }
+        let ids = containers.into_iter().map(|container| (container.id.clone(), self.learn(cgroups, container)));
+        ids.filter(|(_, is_new)| *is_new).map(|(id, _)| id).collect()
+    }
+}
+
+/// What each look at a user's containers leaves to others, as a multiple of what it took.
+const LEFT_TO_OTHERS: u32 = 20;
+
+/// Something changed in an ordinary user's runtime directory. He can have that as often as he likes, and make each look
+/// long: each takes a twentieth of the time at most.
+pub(super) fn changed(executor: &mut Executor, registry: &mut Registry, uid: u32, since: Instant) {
+    if let Some(last) = registry.users.get_mut(&uid) {
+        // What was there before the last time was found then.
+        if since < last.started && !last.is_due {
+            return;
+        }
+        let rest = (last.took * LEFT_TO_OTHERS).saturating_sub(last.started.elapsed());
+        if !rest.is_zero() {
+            if !std::mem::replace(&mut last.is_due, true) {
+                registry.watched.later(rest, What::User(uid));
+            }
+            return;
+        }
+    }
+    let started = Instant::now();
+    let ids = registry.look_at_user(&executor.cgroups, uid);
+    reconcile::all_of(executor, registry, &ids, "", since);
+    registry.users.insert(uid, Compared { started, took: started.elapsed(), is_due: false });
+}
