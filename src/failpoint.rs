@@ -3,7 +3,7 @@
 
 /// Every point. A test kills at each, and fails if one was not reached.
 #[cfg(feature = "fail-points")]
-pub const POINTS: [&str; 38] = [
+pub const POINTS: [&str; 40] = [
     "ledger: before a page is written",
     "ledger: before a page is renamed",
     "ledger: a page is written",
@@ -36,6 +36,8 @@ pub const POINTS: [&str; 38] = [
     "node: removed",
     "node: a directory is removed",
     "grant: done, and not settled",
+    "mirror: a view is claimed",
+    "mirror: a view is unmounted",
     "mirror: a device is noted",
     "mirror: an entry is written",
     "mirror: an entry is removed",

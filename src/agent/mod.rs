@@ -2,6 +2,7 @@
 
 mod api;
 pub mod client;
+mod early;
 mod monitors;
 mod news;
 mod reconcile;
@@ -236,6 +237,7 @@ fn at_hand(first: News, news: &mut mpsc::Receiver<News>) -> Vec<News> {
 fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusals, News { at, what }: News) {
     match what {
         What::Plugged(device, told) => reconcile::plugged(executor, registry, *device, &told, at),
+        What::Appeared(device) => early::appeared(executor, registry, *device, at),
         What::Unplugged(event) => reconcile::unplugged(executor, registry, &event, at),
         What::State(place, since) => reconcile::container(executor, registry, place, since, at),
         What::User(uid) => users::changed(executor, registry, uid, at),

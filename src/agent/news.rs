@@ -26,6 +26,8 @@ pub(super) struct News {
 pub(super) enum What {
     /// A device is there, its node has its final owner and mode; and what udevd told of it, in order.
     Plugged(Box<Device>, Vec<Told>),
+    /// A device is there, and udev has not spoken yet. Told only where a container has a udevd of its own.
+    Appeared(Box<Device>),
     /// A device is gone.
     Unplugged(Uevent),
     /// Events were lost: compare everything.
@@ -65,6 +67,7 @@ pub(super) fn newest(mut all: Vec<News>) -> Vec<News> {
                     false
                 }
             },
+            What::Appeared(device) => !devices.contains_key(&(device.identity.devpath.clone(), device.number)),
             What::Unplugged(event) => match devices.entry((event.devpath.clone(), event.number)) {
                 Entry::Vacant(entry) => {
                     entry.insert(None);

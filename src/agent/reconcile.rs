@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Instant;
 
+use crate::agent::early;
 use crate::agent::registry::{Known, Later, Registry};
 use crate::agent::withdrawals;
 use crate::core::device::{Device, Kind, Number};
@@ -45,9 +46,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     withdrawals::settle(executor, registry, &desired, |_, _| true, None);
     drop(carry_out(executor, registry, &desired, &observed, goes_with_node, None));
     let asking = registry.containers.values().filter(|known| !known.rules.is_empty());
-    for holder in asking.filter_map(|known| known.holder.as_ref()) {
-        executor.prepare(holder, registry.wish(holder));
-    }
+    asking.for_each(|known| early::prepare(executor, registry, known));
     executor.mirror_all(|holder| registry.wish(holder));
     if !executor.ledger.lost().is_empty() {
         executor.sweep(&registry.snapshot());
@@ -87,9 +86,10 @@ pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event:
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == *devpath);
     // The first withdrawal loads a program, which takes as long as a hundred removals: they go first.
     let (from_start, others): (Vec<_>, Vec<_>) = observed.into_iter().partition(|entry| entry.grant.at_start);
-    let mut concerns = carry_out(executor, registry, &[], &others, |_| true, Some(since));
+    let concerns = carry_out(executor, registry, &[], &others, |_| true, Some(since));
+    executor.mirror(&concerns, &[], |holder| registry.wish(holder));
     withdrawals::settle(executor, registry, &[], |_, its| its == event.number, Some(event.number));
-    concerns.extend(carry_out(executor, registry, &[], &from_start, |_| true, Some(since)));
+    let concerns = carry_out(executor, registry, &[], &from_start, |_| true, Some(since));
     executor.mirror(&concerns, &[], |holder| registry.wish(holder));
     registry.devices.remove(devpath);
     let waiting = registry.waiting.borrow().clone();
@@ -134,10 +134,8 @@ pub(super) fn container(
     if !is_new && executor.ledger.of(&id).next().is_some() {
         return mark_again(executor, &id);
     }
-    if let Some(known) = registry.containers.get(&id).filter(|known| !known.rules.is_empty())
-        && let Some(holder) = &known.holder
-    {
-        executor.prepare(holder, registry.wish(holder));
+    if let Some(known) = registry.containers.get(&id).filter(|known| !known.rules.is_empty()) {
+        early::prepare(executor, registry, known);
     }
     all_of(executor, registry, &BTreeSet::from([id]), "", since);
 }
@@ -212,7 +210,7 @@ fn entries(executor: &Executor, test: impl Fn(&Entry) -> bool) -> Vec<Entry> {
 /// What the containers that pass the test should have of the devices that do. A block device that the host uses is left
 /// out, unless the container has it already: then it is the one that uses it. So is what only one can have and another
 /// one has, first of all those whose entries in the ledger are `in_force`; that is logged.
-fn wanted(
+pub(super) fn wanted(
     executor: &Executor,
     registry: &Registry,
     of: impl Fn(&Known) -> bool,
@@ -301,7 +299,7 @@ fn concern(grant: &Grant) -> Concern {
 }
 
 /// Each change by itself: one that fails is logged and does not stop the others. Returns whom and what they concern.
-fn carry_out(
+pub(super) fn carry_out(
     executor: &mut Executor,
     registry: &mut Registry,
     desired: &[Grant],

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::agent::Compared;
+use crate::agent::early;
 use crate::agent::monitors::Monitors;
 use crate::agent::said::Said;
 use crate::agent::watch::Watched;
@@ -51,6 +52,8 @@ pub(super) struct Known {
     groups: OnceCell<HashMap<String, u32>>,
     /// When they could not be read: a container may make that slow.
     no_groups: Cell<Option<Instant>>,
+    /// Whether it has a udevd of its own, which gives nodes their owner and mode.
+    pub(super) has_udevd: Cell<bool>,
     /// Held so that its end is heard of.
     _init: Process,
     token: u64,
@@ -73,16 +76,24 @@ impl Known {
             }
             self.groups.get()?.get(name).copied()
         };
-        let (rules, bounds) = (&self.rules, &self.bounds);
+        let (rules, bounds, first) = (&self.rules, &self.bounds, grants.len());
         let named = &self.container.devices;
         let own_refusal = |device: &Device| own_refusal(holder.user, device);
         let asking = Asking { holder, named, rules, bounds, group: &group, own_refusal: &own_refusal };
         let mut refused = Vec::new();
         asking.desired(facts, grants, &mut refused);
+        if self.has_udevd.get() {
+            grants[first..].iter_mut().for_each(|grant| early::leave_owner(&mut grant.node, facts.device));
+        }
         for one in refused {
             let text = format!("{} not granted by {}: {}", one.device, one.rule, one.reason);
             said.once(&holder.id, holder.label(), text);
         }
+    }
+
+    /// The same as far as it asks for it before udev has spoken.
+    pub(super) fn is_early(&self) -> bool {
+        self.has_udevd.get() && self.bounds.is_open() && !self.rules.iter().any(Rule::needs_udev)
     }
 
     /// Whether devices decide on what it gets of others.
@@ -249,7 +260,9 @@ impl Registry {
         tracing::debug!(container = container.label(), id = container.id, "known");
         let bounds = self.bounds_of(&container, holder.as_ref());
         let (at_start, groups, no_groups) = (nodes_at_start(&container), OnceCell::new(), Cell::new(None));
-        let known = Known { container, rules, bounds, holder, at_start, groups, no_groups, _init: init, token };
+        let has_udevd = Cell::new(false);
+        let known =
+            Known { container, rules, bounds, holder, at_start, groups, no_groups, has_udevd, _init: init, token };
         self.containers.insert(known.container.id.clone(), known);
         true
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -38,6 +38,7 @@ pub(super) struct Watched {
     next: u64,
     cgroups: CgroupWatch,
     pulse: Arc<Pulse>,
+    early: Arc<AtomicBool>,
     asked: u64,
     news: WeakSender<News>,
 }
@@ -84,6 +85,11 @@ impl Watched {
         }));
     }
 
+    /// From now on, news of a device come before udev has spoken of it, too.
+    pub(super) fn tell_early(&self) {
+        self.early.store(true, Ordering::SeqCst);
+    }
+
     /// News of writes to this directory will carry the id.
     pub(super) fn watch_cgroup(&self, directory: &Path, id: &str) -> io::Result<()> {
         self.cgroups.add(directory, id)
@@ -125,9 +131,13 @@ pub(super) fn start(news: Sender<News>) -> io::Result<Watched> {
         epoll::add(&*epoll, source, EventData::new_u64(token), EventFlags::IN)?;
     }
     let (its_pulse, cgroups, its_news) = (Arc::clone(&pulse), state.cgroups(), news.downgrade());
-    let watched = Watched { epoll: Arc::clone(&epoll), next: FIRST_PROCESS, cgroups, pulse, asked: 0, news: its_news };
+    let early = Arc::new(AtomicBool::new(false));
+    let its_early = Arc::clone(&early);
+    let (next, epoll_too) = (FIRST_PROCESS, Arc::clone(&epoll));
+    let watched = Watched { epoll: epoll_too, next, cgroups, pulse, early, asked: 0, news: its_news };
     let had_udevd = udev::is_running();
-    let watch = Watch { kernel, udev, state, users, news, pulse: its_pulse, overflowed: false, had_udevd };
+    let (pulse, early) = (its_pulse, its_early);
+    let watch = Watch { kernel, udev, state, users, news, pulse, early, overflowed: false, had_udevd };
     std::thread::Builder::new().name("watch".into()).spawn(move || watch.run(&epoll))?;
     Ok(watched)
 }
@@ -139,6 +149,8 @@ struct Watch {
     users: UserWatch,
     news: Sender<News>,
     pulse: Arc<Pulse>,
+    /// Whether devices matter before udev has spoken of them.
+    early: Arc<AtomicBool>,
     /// News did not fit into the channel: everything must be compared.
     overflowed: bool,
     /// Whether udevd ran at the last addition.
@@ -255,6 +267,10 @@ impl Watch {
             self.tell(What::Lost);
         } else if !has_udevd && let Some(device) = udev::by_event(event) {
             self.tell_at(at, What::Plugged(Box::new(device), Vec::new()));
+        } else if self.early.load(Ordering::SeqCst)
+            && let Some(device) = udev::by_event(event)
+        {
+            self.tell_at(at, What::Appeared(Box::new(device)));
         }
         self.had_udevd = has_udevd;
     }

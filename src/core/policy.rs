@@ -169,6 +169,11 @@ pub struct Bounds {
 }
 
 impl Bounds {
+    /// Whether it may have whatever it asks for.
+    pub fn is_open(&self) -> bool {
+        self.required.is_none() && self.policies.is_empty() && self.unclear.is_none()
+    }
+
     /// Whether other devices decide on what it may have of one.
     pub fn looks_around(&self) -> bool {
         let denied = self.policies.iter().flat_map(|policy| policy.deny.iter().map(|(selector, _)| selector));

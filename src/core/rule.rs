@@ -68,6 +68,18 @@ impl Rule {
         !self.selection().is_some_and(|selection| selection.trusted)
     }
 
+    /// Whether it can only be told whom it means once udev has spoken: what udev adds could make a device another one.
+    pub fn needs_udev(&self) -> bool {
+        match self {
+            Rule::Category(_) => false,
+            Rule::Seat(_) => true,
+            Rule::Selection(selection) => {
+                let options = &selection.options;
+                options.udev_links || options.children || options.exclusive || selection.selector.needs_udev()
+            }
+        }
+    }
+
     /// Why its grants are there.
     pub fn origin(&self) -> Origin {
         match self.selection() {

@@ -126,6 +126,17 @@ impl Selector {
         self.terms.iter().find(|term| !term.matches(facts)).map(ToString::to_string)
     }
 
+    /// Whether udev's rules could still make it mean another device, or one less.
+    pub fn needs_udev(&self) -> bool {
+        self.terms.iter().any(|term| match &term.test {
+            Test::Usb(_) | Test::Category(_) => false,
+            Test::Value(Key::Subsystem | Key::Driver | Key::Port | Key::Pci | Key::Attr(_) | Key::Attrs(_), _) => false,
+            Test::Value(Key::Seat | Key::IdPath, _) | Test::Parent(_) => true,
+            // What fits one value fits when there are more.
+            Test::Value(..) => term.negated,
+        })
+    }
+
     /// Whether other devices decide on it, too: then it has to be looked at again when one of them comes or goes.
     pub fn looks_around(&self) -> bool {
         self.terms.iter().any(|term| matches!(term.test, Test::Parent(_)))

@@ -3,73 +3,23 @@
 //! What is shown follows the ledger, and is compared with it wherever that changed. Nothing of it is a right, so a failure
 //! is logged and stops nothing.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
-use crate::core::device::Identity;
 use crate::core::ledger::{Entry, Granted, Holder, Node};
-use crate::core::mirror::{Description, RUN_UDEV, Shown, Told, Wish, record_name};
+use crate::core::mirror::{Description, Shown, Told, Wish, record_name};
 use crate::core::udev_message::{of_kernel, of_udev};
 use crate::error::{Error, Result};
 use crate::ops::rebuild::directories;
-use crate::ops::view::{View, Whose};
+use crate::ops::view::View;
 use crate::ops::{Executor, node_error};
-use crate::sys::mount::{At, detached, id_of, show};
 use crate::sys::namespace::inside;
 use crate::sys::network::{self, Message, NetworkId};
 use crate::sys::node;
-use crate::sys::process::{Process, is_gone};
+use crate::sys::process::Process;
 use crate::sys::udev;
-
-/// Where a container is seen to run systemd, or a udevd of its own.
-const OF_ITS_OWN: [&str; 2] = ["/run/systemd/system", "control"];
 
 /// A device of a container, of which something may have changed.
 pub type Concern = (Holder, Granted);
-
-/// What one run of a container is shown.
-struct Mirror {
-    view: View,
-    whose: Whose,
-    /// By the names of the database's entries.
-    shown: BTreeMap<String, Shown>,
-    /// The last event that those inside were told of each.
-    told: BTreeMap<String, u64>,
-}
-
-impl Mirror {
-    fn has_ended(&self) -> bool {
-        is_gone(self.whose.holder.pid, self.whose.holder.start_time)
-    }
-}
-
-/// What all containers are shown, by their ids.
-#[derive(Default)]
-pub(super) struct Mirrors {
-    all: HashMap<String, Mirror>,
-}
-
-impl Mirrors {
-    /// As it was written down.
-    pub(super) fn load() -> Mirrors {
-        let mut all = HashMap::new();
-        for (view, whose) in View::claimed() {
-            if is_gone(whose.holder.pid, whose.holder.start_time) {
-                view.remove();
-            } else {
-                let (shown, now) = (view.shown(), udev::sequence());
-                let told = shown.keys().map(|name| (name.clone(), now)).collect();
-                all.insert(whose.holder.id.clone(), Mirror { view, whose, shown, told });
-            }
-        }
-        Mirrors { all }
-    }
-
-    /// Whether anybody in this network namespace is shown that device.
-    fn are_told(&self, network: NetworkId, name: &str, identity: &Identity) -> bool {
-        let is_shown = |mirror: &Mirror| mirror.shown.get(name).is_some_and(|shown| shown.device.identity == *identity);
-        self.all.values().any(|mirror| mirror.whose.network == Some(network) && is_shown(mirror))
-    }
-}
 
 impl Executor {
     /// Makes what containers are shown of these devices follow the ledger. `told` is what udevd has just told of them.
@@ -81,6 +31,7 @@ impl Executor {
             let is_shown = self.shown(holder, &name).is_some_and(is_it);
             if is_shown && self.node_of(holder, device).is_none() {
                 self.hide(holder, &name);
+                self.close(holder);
             }
         }
         let (mut descriptions, mut done) = (HashMap::new(), HashSet::new());
@@ -94,7 +45,7 @@ impl Executor {
             let known: &Option<Description> = descriptions.entry(&device.identity).or_insert_with(describe);
             let Some(description) = known.clone() else { continue };
             let shown = Shown { device: device.clone(), node, description };
-            if self.prepare(holder, wish(holder)) {
+            if self.ensure(holder, wish(holder), false) {
                 self.reveal(holder, shown, told, &mut relayed);
             }
         }
@@ -112,20 +63,10 @@ impl Executor {
         let granted = self.ledger.entries().map(|entry| (entry.grant.holder.clone(), entry.grant.device.clone()));
         let concerns: Vec<Concern> = shown.chain(granted).collect();
         self.mirror(&concerns, &[], wish);
+        // Of what was interrupted, nothing may be shown.
+        let holders: Vec<Holder> = self.mirrors.all.values().map(|mirror| mirror.whose.holder.clone()).collect();
+        holders.iter().for_each(|holder| self.close(holder));
         View::sweep();
-    }
-
-    /// A container ended: what it was shown went with it, unless it runs again already.
-    pub fn unmirror_ended(&mut self, id: &str) {
-        if self.mirrors.all.get(id).is_some_and(Mirror::has_ended) {
-            self.unmirror(id);
-        }
-    }
-
-    fn unmirror(&mut self, id: &str) {
-        if let Some(mirror) = self.mirrors.all.remove(id) {
-            mirror.view.remove();
-        }
     }
 
     /// Takes back all that is shown.
@@ -135,6 +76,7 @@ impl Executor {
             let mirror = &self.mirrors.all[&id];
             let (holder, names) = (mirror.whose.holder.clone(), mirror.shown.keys().cloned().collect::<Vec<_>>());
             names.iter().for_each(|name| self.hide(&holder, name));
+            self.close(&holder);
             self.unmirror(&id);
         }
     }
@@ -157,80 +99,6 @@ impl Executor {
         of_host.or(paths.first()).map(|path| (*path).to_owned())
     }
 
-    /// Lets the container see a view of udev's database, empty at first, if it is to. Says whether it is.
-    pub fn prepare(&mut self, holder: &Holder, wish: Wish) -> bool {
-        if self.mirrors.all.get(&holder.id).is_some_and(|mirror| mirror.whose.holder.is_same_run(holder)) {
-            return true;
-        }
-        self.unmirror(&holder.id);
-        if wish == Wish::Never {
-            return false;
-        }
-        match self.make_mirror(holder, wish) {
-            Ok(mirror) => drop(self.mirrors.all.insert(holder.id.clone(), mirror)),
-            Err(Error::ContainerExited(_)) => return false,
-            Err(error) => {
-                tracing::warn!(container = holder.label(), "libudev inside is told of nothing: {}", error.chain());
-                return false;
-            }
-        }
-        true
-    }
-
-    fn make_mirror(&self, holder: &Holder, wish: Wish) -> Result<Mirror> {
-        let process = Process::open_same(holder.pid, holder.start_time)
-            .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
-        let at_network = |error| Error::host::<std::io::Error>("look at a network namespace")(error);
-        let (network, ours) = (network::of(&process).map_err(at_network)?, network::own().map_err(at_network)?);
-        let new = View::create(&holder.id, holder.start_time)?;
-        let mut views = View::unclaimed(&holder.id);
-        let at = match self.show_view(holder, &process, &new, &views, wish) {
-            Ok(at) => Some(at),
-            Err(Error::ContainerExited(label)) => {
-                new.remove();
-                return Err(Error::ContainerExited(label));
-            }
-            Err(error) => {
-                tracing::warn!(container = holder.label(), "{RUN_UDEV} is not shown: {}", error.chain());
-                None
-            }
-        };
-        let is_at = |view: &View| matches!(at, Some(At::Ours(id)) if view.id().is_ok_and(|its| its == id));
-        let view = match views.iter().position(|view| view.path() != new.path() && is_at(view)) {
-            Some(at) => {
-                new.remove();
-                views.swap_remove(at)
-            }
-            None => new,
-        };
-        let whose = Whose {
-            holder: holder.clone(),
-            network: (network != ours).then_some(network),
-            has_udevd: at == Some(At::Own),
-            sees_view: matches!(at, Some(At::Ours(_))),
-        };
-        view.claim(&whose).map_err(Error::host(format!("write to {}", view.path().display())))?;
-        Ok(Mirror { view, whose, shown: BTreeMap::new(), told: BTreeMap::new() })
-    }
-
-    fn show_view(&self, holder: &Holder, process: &Process, new: &View, others: &[View], wish: Wish) -> Result<At> {
-        let runs_systemd = process.program().is_some_and(|name| name == "systemd");
-        if wish == Wish::Usual && runs_systemd {
-            return Ok(At::Own);
-        }
-        let failed = |error| Error::host::<std::io::Error>(format!("clone {}", new.path().display()))(error);
-        let ours =
-            others.iter().filter_map(|view| view.id().ok()).chain([new.id().map_err(failed)?]).collect::<Vec<_>>();
-        let hosts = id_of(RUN_UDEV.as_ref()).ok();
-        let detached = detached(&new.path()).map_err(failed)?;
-        let keeps = if wish == Wish::Always { &[][..] } else { &OF_ITS_OWN };
-        let keeps: Vec<&'static str> = keeps.to_vec();
-        inside(holder.label(), process, self.host, move |inside| {
-            show(inside, &detached, RUN_UDEV, (&ours, hosts), &keeps)
-        })?
-        .map_err(|error| node_error(holder, error))
-    }
-
     /// Shows a device, or what is new about it, and tells of it.
     fn reveal(&mut self, holder: &Holder, new: Shown, told: &[Told], relayed: &mut BTreeSet<(NetworkId, String)>) {
         let name = record_name(new.device.number);
@@ -238,7 +106,7 @@ impl Executor {
             self.hide(holder, &name);
         }
         let old = self.shown(holder, &name).cloned();
-        let Some(mirror) = self.mirrors.all.get_mut(&holder.id) else { return };
+        let Some(mirror) = self.mirrors.all.get_mut(&holder.id).filter(|mirror| mirror.whose.wants) else { return };
         // What was on its way when the device was shown is known to those inside.
         let last = mirror.told.get(&name).copied().unwrap_or(0);
         let told: Vec<Told> = told.iter().filter(|told| told.sequence > last).copied().collect();

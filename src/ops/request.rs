@@ -319,6 +319,7 @@ pub fn prune(executor: &mut Executor) {
         }
     }
     executor.restore_ended();
+    executor.mirror_all(|_| Wish::Usual);
 }
 
 /// How the filter is, and the agent if this is one; `events` says where it hears of devices.

@@ -44,6 +44,10 @@ pub(super) struct Whose {
     pub(super) holder: Holder,
     /// Its network namespace; `None` where that is the host's.
     pub(super) network: Option<NetworkId>,
+    /// Whether it asks for devices: then it sees the view also while there is nothing in it.
+    pub(super) asks: bool,
+    /// Whether it wants to be shown or told anything.
+    pub(super) wants: bool,
     /// Whether it has a udevd of its own, which tells those inside.
     pub(super) has_udevd: bool,
     /// Whether it sees the view.
@@ -119,9 +123,12 @@ impl View {
     }
 
     /// Writes down whose it is.
-    pub(super) fn claim(&self, whose: &Whose) -> io::Result<()> {
-        let text = serde_json::to_vec(whose)?;
-        files::replace(&self.directory.join("holder.json"), &text, Durable::No, || {})
+    pub(super) fn claim(&self, whose: &Whose) -> Result<()> {
+        let path = self.directory.join("holder.json");
+        let text = serde_json::to_vec(whose).expect("it is valid JSON");
+        files::replace(&path, &text, Durable::No, || {}).map_err(Error::host(format!("write {}", path.display())))?;
+        reached("mirror: a view is claimed");
+        Ok(())
     }
 
     /// The directory that the container sees.

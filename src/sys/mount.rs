@@ -7,9 +7,12 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, fstat, mkdirat, open, openat, statat, statx};
+use rustix::fs::{
+    AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, StatxFlags, fstat, fstatvfs, mkdirat, open, openat, statat, statx,
+    unlinkat,
+};
 use rustix::io::Errno;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
 
 use crate::sys::directory::{resolve, split};
 use crate::sys::namespace::Inside;
@@ -32,8 +35,12 @@ pub enum At {
     Ours(DirectoryId),
     /// The host's own.
     Hosts,
-    /// Something that the container keeps itself.
-    Own,
+    /// What the container keeps itself: it runs systemd, or a udevd.
+    Own {
+        /// Whether that is, or will be, a udevd: systemd starts one where `/sys` can be written to
+        /// (ConditionPathIsReadWrite= in systemd-udevd.service).
+        has_udevd: bool,
+    },
 }
 
 /// The device and the inode of a directory.
@@ -76,14 +83,28 @@ fn check(result: c_long) -> io::Result<()> {
     if result >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// What a container keeps itself of udev's.
+pub fn own(inside: Inside<'_>, path: &str, runs_systemd: bool) -> Result<Option<At>, NodeError> {
+    let control = resolve(inside, path)?.is_some_and(|it| statat(&it, "control", AtFlags::SYMLINK_NOFOLLOW).is_ok());
+    if control {
+        return Ok(Some(At::Own { has_udevd: true }));
+    }
+    if !runs_systemd && resolve(inside, "/run/systemd/system")?.is_none() {
+        return Ok(None);
+    }
+    let sys = resolve(inside, "/sys")?.and_then(|sys| fstatvfs(sys).ok());
+    let has_udevd = sys.is_some_and(|sys| !sys.f_flag.contains(StatVfsMountFlags::RDONLY));
+    Ok(Some(At::Own { has_udevd }))
+}
+
 /// Mounts the directory at this path, which is made where it is missing; unless one of `ours` is there already, or the
-/// host's own, or what the container itself `keeps` (a name in that directory, or an absolute path).
+/// host's own, or the container keeps it itself, which `keeps` tells.
 pub fn show(
     inside: Inside<'_>,
     detached: &Detached,
     path: &str,
     (ours, hosts): (&[DirectoryId], Option<DirectoryId>),
-    keeps: &[&str],
+    keeps: impl FnOnce() -> Result<Option<At>, NodeError>,
 ) -> Result<At, NodeError> {
     let failed = |what: &str| NodeError::failed(format!("{what} {path}"));
     let (above, _) = split(path);
@@ -96,13 +117,9 @@ pub fn show(
         if hosts == Some(id) {
             return Ok(At::Hosts);
         }
-        let is_kept = |name: &&&str| match name.strip_prefix('/') {
-            Some(_) => matches!(resolve(inside, name), Ok(Some(_))),
-            None => statat(&directory, **name, AtFlags::SYMLINK_NOFOLLOW).is_ok(),
-        };
-        if keeps.iter().any(|name| is_kept(&name)) {
-            return Ok(At::Own);
-        }
+    }
+    if let Some(own) = keeps()? {
+        return Ok(own);
     }
     // Where its directory is the host's, nothing is made.
     if let Some(directory) = resolve(inside, above)? {
@@ -124,6 +141,26 @@ pub fn show(
     move_mount(&detached.tree, "", &directory, "", flags).map_err(failed("mount a directory at"))?;
     let stat = fstat(&detached.tree).map_err(failed("look at"))?;
     Ok(At::Ours((stat.st_dev, stat.st_ino)))
+}
+
+/// Takes the mount of that directory away from this path, if it is there, and the empty directory under it. `descriptors`
+/// is our own `/proc/self/fd`.
+pub fn hide(inside: Inside<'_>, descriptors: &OwnedFd, path: &str, id: DirectoryId) -> Result<(), NodeError> {
+    let failed = |what: &str| NodeError::failed(format!("{what} {path}"));
+    let Some(directory) = resolve(inside, path)? else { return Ok(()) };
+    let stat = fstat(&directory).map_err(failed("look at"))?;
+    if (stat.st_dev, stat.st_ino) != id {
+        return Ok(());
+    }
+    // The very mount, whatever the path means by now. This thread ends with its visit, so where it is does not matter.
+    rustix::process::fchdir(descriptors).map_err(failed("find the mount of"))?;
+    unmount(&*directory.as_raw_fd().to_string(), UnmountFlags::DETACH).map_err(failed("unmount"))?;
+    let (above, name) = split(path);
+    if let Some(above) = resolve(inside, above)? {
+        // One that is not empty was there before.
+        let _ = unlinkat(&above, name, AtFlags::REMOVEDIR);
+    }
+    Ok(())
 }
 
 /// Opens a directory, which is made with those above it where it is missing.

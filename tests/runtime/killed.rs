@@ -25,6 +25,7 @@ use crate::exact::{Exact, STICK, compare, expect};
 use crate::plug::{Plugged, console};
 use crate::selectors::asks;
 use crate::support::podman::Container;
+use crate::support::udev::Udevd;
 use crate::support::{BINARY, grants, qm, wait_for};
 
 pub(crate) const ONCE: &[CaseOnce] = &[
@@ -42,6 +43,11 @@ const MAPPED: [&str; 4] = ["node: an empty file is made", "node: mounted", "node
 type Start = fn(&str, &str, &[&str]) -> Container;
 
 fn at_every_point() {
+    // What libudev inside is shown is among what has to be exact.
+    let udevd = Udevd::start();
+    for (minor, name) in [(169, "stick"), (170, "mine"), (171, "screen")] {
+        udevd.record(&format!("c7:{minor}"), &format!("S:qmh/{name}\nI:1\nE:ID_MODEL={name}\nG:qmh\nV:1\n"));
+    }
     grants_by_rule("runc", Container::start);
     grants_without_a_filter_of_the_runtimes("crun");
     revocations_by_rule("crun", Container::start);

@@ -14,6 +14,10 @@ pub(crate) const CASES: &[Case] = &[
     ("mirror::those_who_share_a_network_hear_it_once", those_who_share_a_network_hear_it_once),
     ("mirror::the_next_agent_goes_on", the_next_agent_goes_on),
     ("mirror::who_does_not_want_it_has_none_of_it", who_does_not_want_it_has_none_of_it),
+    ("mirror::a_udevd_of_its_own_has_its_way", a_udevd_of_its_own_has_its_way),
+    ("mirror::in_a_user_namespace_root_tells", in_a_user_namespace_root_tells),
+    ("mirror::what_is_forged_tells_nobody_anything", what_is_forged_tells_nobody_anything),
+    ("mirror::who_does_not_read_harms_nobody", who_does_not_read_harms_nobody),
 ];
 
 const RULE: [&str; 2] = ["--annotation", "org.containers.qm.hotplug.console=devname=/dev/vcsa43"];
@@ -91,6 +95,7 @@ fn what_is_attached_is_heard_too(runtime: &str) {
     let device = block(43);
     let c = Container::start(runtime, "qmh-attached", &[]);
     let early = Listener::start(c.pid(), Group::Udev(&[]));
+    let run = c.sh("find /run").ok();
     qm(&["attach", &c.name, &device.path, "/dev/disk"]).ok();
     let late = Listener::start(c.pid(), Group::Udev(&["block"]));
     assert!(c.opens("<", "/dev/disk"));
@@ -104,6 +109,7 @@ fn what_is_attached_is_heard_too(runtime: &str) {
     assert!(late.is_silent());
     qm(&["detach", &c.name, "/dev/disk"]).ok();
     assert_eq!(late.event(), event("remove", &device.path));
+    assert_eq!((c.sh("find /run").ok(), views()), (run, 0), "nothing is left");
     assert!(early.is_silent(), "libudev hears nothing where there was no sign of udev when it began");
 }
 
@@ -230,4 +236,116 @@ fn place_with_control() -> String {
     std::fs::create_dir_all(&place).unwrap();
     std::fs::write(place.join("control"), "").unwrap();
     place.display().to_string()
+}
+
+/// It hears of a device from the kernel, gives the node an owner and a mode, and is not disturbed.
+fn a_udevd_of_its_own_has_its_way(runtime: &str) {
+    let udevd = Udevd::start();
+    let mut agent = Agent::start();
+    let own = place_with_control();
+    let c = Container::start(runtime, "qmh-udevd", &[&RULE[..], &["-v", &format!("{own}:/run/udev")]].concat());
+    let other = Container::start(runtime, "qmh-no-udevd", &RULE);
+    let listener = Listener::start(c.pid(), Group::Udev(&[]));
+    wait_for("/run/udev", || other.sh("test -e /run/udev/control").code == 0);
+    let device = console(43).owned_by(0, 5, 0o660);
+    // Before the host's udevd has spoken.
+    wait_for("the node", || c.node(&device.path).is_some());
+    assert_eq!((c.node(&device.path).unwrap().as_str(), c.opens("<>", &device.path)), ("c 7:171 0:0 0600", true));
+    assert_eq!(other.node(&device.path), None, "the others wait for that");
+    c.sh("chown 7:8 /dev/vcsa43; chmod 666 /dev/vcsa43").ok();
+    let node = || c.sh("stat -c '%i %Z %u:%g %a' /dev/vcsa43").ok();
+    let before = node();
+    udevd.record("c7:171", RECORD);
+    let devpath = devpath(&device.path);
+    for action in ["add", "change"] {
+        udevd.tell(action, &devpath);
+    }
+    wait_for("the others to have it", || other.node(&device.path).is_some());
+    for _ in 0..2 {
+        assert_eq!(node(), before);
+        agent.stop();
+        agent = Agent::start();
+    }
+    assert!(listener.is_silent(), "its udevd tells those inside");
+    assert_eq!(c.sh("ls /run/udev; ls /dev/qmh-by-id").stdout, "control\n", "and makes entries and links");
+    device.unplug();
+    wait_for("the node to go", || c.node(&device.path).is_none());
+    agent.stop();
+}
+
+fn in_a_user_namespace_root_tells(runtime: &str) {
+    let udevd = Udevd::start();
+    let _agent = Agent::start();
+    let c = Container::start_mapped(runtime, "qmh-mapped-hears", &RULE);
+    wait_for("/run/udev in it", || c.sh("test -e /run/udev/control").code == 0);
+    let (listener, kernels) = (Listener::start(c.pid(), Group::Udev(&["vc"])), Listener::start(c.pid(), Group::Kernel));
+    let device = console(43);
+    udevd.record("c7:171", RECORD);
+    let link = device.link("console");
+    udevd.tell("add", &devpath(&device.path));
+    let heard = listener.next().expect("libudev takes it from root inside");
+    assert_eq!((&*heard["ACTION"], &*heard["ID_MODEL"], &*heard["DEVLINKS"]), ("add", "Console", &*link));
+    assert_eq!(c.sh("cat /run/udev/data/c7:171; readlink /dev/qmh-by-id/console").ok(), format!("{RECORD}../vcsa43\n"));
+    device.unplug();
+    assert_eq!(listener.event(), event("remove", &device.path));
+    // The kernel's own events: by the kernel where the network namespace is the host's, by us where it is not; once.
+    let of_device =
+        || kernels.next().filter(|heard| heard["DEVNAME"] == "/dev/vcsa43").map(|heard| heard["ACTION"].clone());
+    let heard: Vec<_> = std::iter::from_fn(|| Some(of_device())).take(6).flatten().collect();
+    assert_eq!(heard, ["add", "remove"]);
+    assert_eq!(c.sh("find /run/udev -type f; ls /dev/qmh-by-id 2>/dev/null").stdout, "/run/udev/control\n");
+}
+
+fn what_is_forged_tells_nobody_anything(runtime: &str) {
+    let udevd = Udevd::start();
+    let _agent = Agent::start();
+    let c = Container::start(runtime, "qmh-forged", &RULE);
+    wait_for("/run/udev in it", || c.sh("test -e /run/udev/control").code == 0);
+    let (listener, host) =
+        (Listener::start(c.pid(), Group::Udev(&[])), Listener::start(std::process::id(), Group::Udev(&[])));
+    let device = console(43);
+    udevd.record("c7:171", RECORD);
+    let devpath = devpath(&device.path);
+    // Of what was not granted, of what is no action, and of a device whose end was not the kernel's.
+    udevd.tell("add", "/devices/virtual/mem/null");
+    udevd.tell("explode", &devpath);
+    udevd.tell("remove", &devpath);
+    assert!(listener.is_silent());
+    udevd.tell_as("add", &devpath, "18446744073709551615");
+    assert_eq!(listener.event(), event("add", &device.path));
+    // Whatever number somebody has made up, what comes after it is heard.
+    udevd.tell("change", &devpath);
+    assert_eq!(listener.event(), event("change", &device.path));
+    // The same message again, and an old one, are no news.
+    udevd.tell_as("change", &devpath, "1");
+    assert!(listener.is_silent());
+    let heard: Vec<_> = std::iter::from_fn(|| host.event()).map(|(action, _)| action).collect();
+    assert_eq!(heard, ["add", "remove", "add", "change", "change"], "the host hears its udevd alone, and not us");
+}
+
+fn who_does_not_read_harms_nobody(runtime: &str) {
+    let udevd = Udevd::start();
+    let agent = Agent::start();
+    let c = Container::start(runtime, "qmh-deaf", &RULE);
+    let other = Container::start(runtime, "qmh-awake", &RULE);
+    [&c, &other].iter().for_each(|c| wait_for("/run/udev", || c.sh("test -e /run/udev/control").code == 0));
+    let (deaf, awake) = (Listener::start(c.pid(), Group::Udev(&[])), Listener::start(other.pid(), Group::Udev(&[])));
+    let device = console(43);
+    udevd.record("c7:171", RECORD);
+    let devpath = devpath(&device.path);
+    udevd.tell("add", &devpath);
+    assert_eq!((deaf.event(), awake.event()), (event("add", &device.path), event("add", &device.path)));
+    deaf.stop();
+    for _ in 0..1000 {
+        udevd.tell("change", &devpath);
+    }
+    for number in 0..1000 {
+        assert_eq!(awake.event(), event("change", &device.path), "{number}");
+    }
+    // An unplug, too, is felt at once.
+    device.unplug();
+    assert_eq!(awake.event(), event("remove", &device.path));
+    assert_eq!(c.node(&device.path), None);
+    assert_eq!(qm(&["list"]).ok().lines().count(), 0);
+    agent.stop();
 }

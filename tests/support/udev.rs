@@ -148,6 +148,11 @@ impl Listener {
         Some((heard.remove("ACTION")?, heard.remove("DEVNAME").unwrap_or_default()))
     }
 
+    /// Stops its program, so that it reads no more.
+    pub fn stop(&self) {
+        nix::sys::signal::kill(self.child, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    }
+
     /// Whether nothing came until now, but for a while.
     pub fn is_silent(&self) -> bool {
         self.heard.recv_timeout(Duration::from_millis(300)).is_err()

@@ -1,0 +1,192 @@
+//! The mirrors of containers: made when a container asks for devices or is given one, and taken away with the last.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::core::device::Identity;
+use crate::core::ledger::Holder;
+use crate::core::mirror::{RUN_UDEV, Shown, Wish};
+use crate::error::{Error, Result};
+use crate::failpoint::reached;
+use crate::ops::view::{View, Whose};
+use crate::ops::{Executor, node_error};
+use crate::sys::group::own_descriptors;
+use crate::sys::mount::{At, detached, hide, id_of, own, show};
+use crate::sys::namespace::inside;
+use crate::sys::network::{self, NetworkId};
+use crate::sys::process::{Process, is_gone};
+use crate::sys::udev;
+
+/// What one run of a container is shown.
+pub(super) struct Mirror {
+    pub(super) view: View,
+    pub(super) whose: Whose,
+    /// By the names of the database's entries.
+    pub(super) shown: BTreeMap<String, Shown>,
+    /// The last event that those inside were told of each.
+    pub(super) told: BTreeMap<String, u64>,
+}
+
+impl Mirror {
+    pub(super) fn has_ended(&self) -> bool {
+        is_gone(self.whose.holder.pid, self.whose.holder.start_time)
+    }
+}
+
+/// What all containers are shown, by their ids.
+#[derive(Default)]
+pub(super) struct Mirrors {
+    pub(super) all: HashMap<String, Mirror>,
+}
+
+impl Mirrors {
+    /// As it was written down.
+    pub(super) fn load() -> Mirrors {
+        let mut all = HashMap::new();
+        for (view, whose) in View::claimed() {
+            if is_gone(whose.holder.pid, whose.holder.start_time) {
+                view.remove();
+            } else {
+                let (shown, now) = (view.shown(), udev::sequence());
+                let told = shown.keys().map(|name| (name.clone(), now)).collect();
+                all.insert(whose.holder.id.clone(), Mirror { view, whose, shown, told });
+            }
+        }
+        Mirrors { all }
+    }
+
+    /// Whether anybody in this network namespace is shown that device.
+    pub(super) fn are_told(&self, network: NetworkId, name: &str, identity: &Identity) -> bool {
+        let is_shown = |mirror: &Mirror| mirror.shown.get(name).is_some_and(|shown| shown.device.identity == *identity);
+        self.all.values().any(|mirror| mirror.whose.network == Some(network) && is_shown(mirror))
+    }
+}
+
+impl Executor {
+    /// Lets a container that asks for devices see a view of udev's database, empty at first, if it wants to.
+    pub fn prepare(&mut self, holder: &Holder, wish: Wish) {
+        self.ensure(holder, wish, true);
+    }
+
+    /// Makes the container's mirror if there is none. Says whether there is one.
+    pub(super) fn ensure(&mut self, holder: &Holder, wish: Wish, asks: bool) -> bool {
+        if let Some(mirror) = self.mirrors.all.get_mut(&holder.id)
+            && mirror.whose.holder.is_same_run(holder)
+        {
+            if asks
+                && !std::mem::replace(&mut mirror.whose.asks, true)
+                && let Err(error) = mirror.view.claim(&mirror.whose)
+            {
+                tracing::warn!(container = holder.label(), "{}", error.chain());
+            }
+            return true;
+        }
+        self.unmirror(&holder.id);
+        match self.make_mirror(holder, wish, asks) {
+            Ok((view, whose)) => {
+                let (shown, told) = Default::default();
+                self.mirrors.all.insert(holder.id.clone(), Mirror { view, whose, shown, told });
+                return true;
+            }
+            Err(Error::ContainerExited(_)) => {}
+            Err(error) => {
+                tracing::warn!(container = holder.label(), "libudev inside is told of nothing: {}", error.chain());
+            }
+        }
+        false
+    }
+
+    fn make_mirror(&self, holder: &Holder, wish: Wish, asks: bool) -> Result<(View, Whose)> {
+        let process = Process::open_same(holder.pid, holder.start_time)
+            .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+        let at_network = |error| Error::host::<std::io::Error>("look at a network namespace")(error);
+        let (network, ours) = (network::of(&process).map_err(at_network)?, network::own().map_err(at_network)?);
+        let mut views = View::unclaimed(&holder.id);
+        let new = View::create(&holder.id, holder.start_time)?;
+        let network = (network != ours).then_some(network);
+        let wants = wish != Wish::Never;
+        let mut whose = Whose { holder: holder.clone(), network, asks, wants, has_udevd: false, sees_view: false };
+        // Before the act, so that it is found.
+        new.claim(&whose)?;
+        if !wants {
+            return Ok((new, whose));
+        }
+        let at = match self.show_view(holder, &process, &new, &views, wish) {
+            Ok(at) => Some(at),
+            Err(Error::ContainerExited(label)) => {
+                new.remove();
+                return Err(Error::ContainerExited(label));
+            }
+            Err(error) => {
+                tracing::warn!(container = holder.label(), "{RUN_UDEV} is not shown: {}", error.chain());
+                None
+            }
+        };
+        whose.has_udevd = at == Some(At::Own { has_udevd: true });
+        whose.sees_view = matches!(at, Some(At::Ours(_)));
+        // One that the hook has made is there from the start.
+        let is_at = |view: &View| matches!(at, Some(At::Ours(id)) if view.id().is_ok_and(|its| its == id));
+        let view = match views.iter().position(is_at) {
+            Some(at) => {
+                new.remove();
+                views.swap_remove(at)
+            }
+            None => new,
+        };
+        view.claim(&whose)?;
+        Ok((view, whose))
+    }
+
+    /// What was shown only for what was attached goes with it.
+    pub(super) fn close(&mut self, holder: &Holder) {
+        let is_over =
+            |mirror: &Mirror| mirror.whose.holder.is_same_run(holder) && mirror.shown.is_empty() && !mirror.whose.asks;
+        let Some(mirror) = self.mirrors.all.get(&holder.id).filter(|mirror| is_over(mirror)) else { return };
+        let id = mirror.view.id().ok();
+        if let (Some(process), Some(id)) = (Process::open_same(holder.pid, holder.start_time), id) {
+            let removed =
+                own_descriptors().map_err(Error::host("look at our own descriptors")).and_then(|descriptors| {
+                    inside(holder.label(), &process, self.host, move |inside| hide(inside, &descriptors, RUN_UDEV, id))?
+                        .map_err(|error| node_error(holder, error))
+                });
+            match removed {
+                Ok(()) | Err(Error::ContainerExited(_)) => reached("mirror: a view is unmounted"),
+                Err(error) => tracing::warn!(container = holder.label(), "{RUN_UDEV} stays: {}", error.chain()),
+            }
+        }
+        self.unmirror(&holder.id);
+    }
+
+    fn show_view(&self, holder: &Holder, process: &Process, new: &View, others: &[View], wish: Wish) -> Result<At> {
+        let runs_systemd = process.program().is_some_and(|name| name == "systemd");
+        let failed = |error| Error::host::<std::io::Error>(format!("clone {}", new.path().display()))(error);
+        let ours =
+            others.iter().filter_map(|view| view.id().ok()).chain([new.id().map_err(failed)?]).collect::<Vec<_>>();
+        let hosts = id_of(RUN_UDEV.as_ref()).ok();
+        let detached = detached(&new.path()).map_err(failed)?;
+        inside(holder.label(), process, self.host, move |inside| {
+            let keeps = || if wish == Wish::Always { Ok(None) } else { own(inside, RUN_UDEV, runs_systemd) };
+            show(inside, &detached, RUN_UDEV, (&ours, hosts), keeps)
+        })?
+        .map_err(|error| node_error(holder, error))
+    }
+
+    /// Whether the container has a udevd of its own: that gives nodes their owner and mode, makes links and tells those
+    /// inside.
+    pub fn has_udevd(&self, holder: &Holder) -> bool {
+        let mirror = self.mirrors.all.get(&holder.id).filter(|mirror| mirror.whose.holder.is_same_run(holder));
+        mirror.is_some_and(|mirror| mirror.whose.has_udevd)
+    }
+
+    /// A container ended: what it was shown went with it, unless it runs again already.
+    pub fn unmirror_ended(&mut self, id: &str) {
+        if self.mirrors.all.get(id).is_some_and(Mirror::has_ended) {
+            self.unmirror(id);
+        }
+    }
+
+    pub(super) fn unmirror(&mut self, id: &str) {
+        if let Some(mirror) = self.mirrors.all.remove(id) {
+            mirror.view.remove();
+        }
+    }
+}
