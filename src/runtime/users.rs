@@ -53,16 +53,18 @@ pub fn containers(uid: u32) -> Listing {
     let (mut listing, mut left) = (Listing::default(), BYTES);
     let Ok(Some(home)) = Home::open(uid) else { return listing };
     let account = Account::of(uid);
-    let mut seen = BTreeSet::new();
+    // One process is one container, however often it is told of.
+    let (mut ids_seen, mut processes) = (0, BTreeSet::new());
     for runtime in RUNTIMES {
         let Ok(Some((directory, ids))) = home.list(runtime) else { continue };
         for id in ids {
-            if seen.len() >= MOST || left == 0 {
+            if ids_seen == MOST || left == 0 {
                 listing.is_cut = true;
                 return listing;
             }
+            ids_seen += 1;
             match load(&home, directory.as_fd(), &id, &account, &mut left) {
-                Ok(Some(container)) if seen.insert(container.id.clone()) => listing.containers.push(container),
+                Ok(Some(container)) if processes.insert(container.pid) => listing.containers.push(container),
                 Ok(_) => {}
                 Err(reason) => tracing::debug!("state in {USERS}/{uid}/{runtime}/{id:?} passed over: {reason}"),
             }

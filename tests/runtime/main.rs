@@ -12,6 +12,7 @@ mod containers;
 mod detach;
 mod engines;
 mod exact;
+mod forged;
 mod hook;
 mod host_dev;
 mod hotplug;
@@ -93,6 +94,7 @@ fn main() {
         storm::ONCE,
         containers::ONCE,
         engines::ONCE,
+        forged::ONCE,
     ]
     .into_iter()
     .flatten()
