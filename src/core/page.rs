@@ -87,7 +87,8 @@ fn check_holder(name: &str, holder: &Holder) -> Result<(), String> {
     }
     let is_one = || *cgroup_id > 1 && is_plain(cgroup) && !cgroup.split('/').any(|part| part == "..");
     // 1 is the root's, and with it every process's. Without any there is no right, only a node.
-    if !is_one() && !(*user != 0 && *cgroup_id == 0 && cgroup.is_empty()) {
+    let has_none = *user != 0 && *cgroup_id == 0 && cgroup.is_empty();
+    if !has_none && !is_one() {
         return Err(format!("{cgroup:?} with the id {cgroup_id} is no container's cgroup"));
     }
     if *pid < 2 || i32::try_from(*pid).is_err() {

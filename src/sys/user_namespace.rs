@@ -91,12 +91,15 @@ pub fn with_ownership<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> 
 
 /// Takes this thread out of the groups that it was started in.
 fn give_up_groups() -> io::Result<()> {
-    // SAFETY: with a length of 0 neither reads nor writes memory. The call itself concerns this thread alone, other than
-    // glibc's function of that name.
-    let left = unsafe { libc::getgroups(0, std::ptr::null_mut()) };
-    match left == 0 || unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) } == 0 {
-        true => Ok(()),
-        false => Err(io::Error::last_os_error()),
+    // SAFETY: with a length of 0 it writes nothing.
+    if unsafe { libc::getgroups(0, std::ptr::null_mut()) } == 0 {
+        return Ok(());
+    }
+    // The call itself concerns this thread alone, other than glibc's function of that name.
+    // SAFETY: with a length of 0 it reads nothing.
+    match unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -86,7 +86,7 @@ fn hostile<S: Sysfs>(device: &Device, look: impl Fn() -> S) -> Vec<Figure> {
 fn holder(at: usize) -> Holder {
     let id = format!("{at:064x}");
     let cgroup = format!("/machine.slice/libpod-{id}.scope");
-    Holder { id, name: None, pid: at as u32, start_time: 1, cgroup, cgroup_id: at as u64 }
+    Holder { id, name: None, pid: at as u32, start_time: 1, cgroup, cgroup_id: at as u64, user: 0 }
 }
 
 fn measure<S: Sysfs>(rules: &[Rule], device: &Device, look: impl Fn() -> S, name: &str) -> Vec<Figure> {

@@ -211,8 +211,9 @@ fn asks_for_all() {
     let (_open, _closed) = (open_to_all(51), console(52).owned_by(0, 5, 0o600));
     let roots = Container::start("crun", "qmh-roots", &[]);
     let hers = alice.start("runc", "web", &[]);
-    let _agent = Agent::start();
+    // Before the agent: what it knows first counts.
     forge(&alice, &roots.id, hers.pid, &roots.cgroup());
+    let _agent = Agent::start();
     wait_for("what she may open", || grants().iter().any(|grant| grant["device"] == "/dev/vcsa51"));
     let all = grants();
     // One process is one container, by whichever of its names it was found first.
@@ -269,6 +270,7 @@ fn files_that_are_none_harm_nobody() {
     assert_eq!(grants().len(), 2, "{:?}", grants());
     assert!(roots.opens("<>", "/dev/vcsa51") && hers.opens("/dev/vcsa51"));
     let found = qm(&["ps", "--json"]).ok();
+    assert!(grants().iter().any(|grant| grant["id"] == hers.full_id().as_str()), "it keeps its name");
     assert!(!found.contains(&format!("47011@{}", roots.id)), "{found}");
     symlink("/run/crun", format!("{run}/again")).unwrap();
 }
@@ -301,9 +303,12 @@ fn a_flood_keeps_nobody_waiting() {
     }
     eprintln!("slowest plug during the flood: {slowest:?}");
     assert!(slowest < Duration::from_secs(2), "{slowest:?}");
-    drop(flood);
-    let log = fs::read_to_string(agent_log()).unwrap()[since..].to_owned();
+    let log = || fs::read_to_string(agent_log()).unwrap()[since..].to_owned();
     let told = "user 47011 has more containers than are looked at: the first 256";
+    wait_for("it to be told", || log().contains(told));
+    std::thread::sleep(Duration::from_secs(2));
+    drop(flood);
+    let log = log();
     assert_eq!(log.lines().filter(|line| line.contains(told)).count(), 1, "{log}");
     assert!(!log.contains("panicked") && !log.contains("events were lost"), "{log}");
     drop(agent);
