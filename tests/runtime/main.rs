@@ -23,6 +23,7 @@ mod persist;
 mod plug;
 mod policy;
 mod precreate;
+mod read_only;
 mod refusals;
 mod refused_containers;
 mod refused_destinations;
@@ -73,6 +74,7 @@ fn main() {
         policy::CASES,
         engines::CASES,
         userns::CASES,
+        read_only::CASES,
     ];
     let each = |(name, case): &Case| {
         let case = *case;
