@@ -99,7 +99,7 @@ pub(super) fn take_out(mapped: &Mapped<'_>, directory: &OwnedFd, name: &str, num
     rustix::process::fchdir(&mapped.descriptors)?;
     unmount(&*own_name, UnmountFlags::DETACH)?;
     reached("node: unmounted");
-    remove_file(directory, name, |stat| is_empty_file(stat))?;
+    remove_file(directory, name, is_empty_file)?;
     Ok(true)
 }
 
