@@ -19,6 +19,7 @@ pub mod grammar;
 pub mod id_map;
 pub mod ledger;
 pub mod matcher;
+pub mod mountinfo;
 pub mod naming;
 pub mod page;
 pub mod pattern;

@@ -24,6 +24,7 @@ mod persist;
 mod plug;
 mod policy;
 mod precreate;
+mod read_only;
 mod refusals;
 mod refused_containers;
 mod refused_destinations;
@@ -76,6 +77,7 @@ fn main() {
         engines::CASES,
         rootless::CASES,
         userns::CASES,
+        read_only::CASES,
     ];
     let each = |(name, case): &Case| {
         let case = *case;
