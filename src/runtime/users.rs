@@ -63,9 +63,9 @@ pub fn containers(uid: u32) -> Listing {
                 return listing;
             }
             ids_seen += 1;
-            match load(&home, directory.as_fd(), &id, &account, &mut left) {
-                Ok(Some(container)) if processes.insert(container.pid) => listing.containers.push(container),
-                Ok(_) => {}
+            let is_new = |pid| processes.insert(pid);
+            match load(&home, directory.as_fd(), &id, &account, &mut left, is_new) {
+                Ok(container) => listing.containers.extend(container),
                 Err(reason) => tracing::debug!("state in {USERS}/{uid}/{runtime}/{id:?} passed over: {reason}"),
             }
         }
@@ -73,13 +73,14 @@ pub fn containers(uid: u32) -> Listing {
     listing
 }
 
-/// A container of his that runs.
+/// A container of his that runs, if its process is new.
 fn load(
     home: &Home,
     directory: BorrowedFd<'_>,
     id: &str,
     account: &Account,
     left: &mut u64,
+    is_new: impl FnOnce(u32) -> bool,
 ) -> Result<Option<Container>, String> {
     let failed = |error: io::Error| error.to_string();
     let Some(place) = home.directory(directory, id).map_err(failed)? else { return Ok(None) };
@@ -95,6 +96,9 @@ fn load(
     let Some(init) = Process::open_same(container.pid, container.start_time) else { return Ok(None) };
     if let Some(reason) = ownership::refusal(&init, home.uid).map_err(failed)? {
         return Err(reason);
+    }
+    if !is_new(container.pid) {
+        return Ok(None);
     }
     // Two directories are two containers, whatever is written in them.
     let name = conmon::name_of(init.parent, id);

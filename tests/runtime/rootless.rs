@@ -201,8 +201,8 @@ fn attach_is_roots_word(runtime: &str) {
     qm(&["attach", &c.own_name, &device.path]).fails(3, "no running container");
     // What lies in it is not a way to the host: the user may not write there.
     let other = user.start(runtime, "bound", &["-v", "/usr/local:/dev/local"]);
-    qm(&["attach", &other.name, &device.path, "/dev/local/mine"]);
-    qm(&["attach", &other.name, &device.path, "/dev/local/more/mine"]);
+    qm(&["attach", &other.name, &device.path, "/dev/local/mine"]).fails(1, "Permission denied");
+    qm(&["attach", &other.name, &device.path, "/dev/local/more/mine"]).fails(1, "Permission denied");
     assert!(!std::path::Path::new("/usr/local/mine").exists() && !std::path::Path::new("/usr/local/more").exists());
 }
 
