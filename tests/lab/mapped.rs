@@ -86,8 +86,13 @@ fn sticks_reach_them(vm: &Vm) {
         vm.ok("qm-hotplug verify mapped-lxc && qm-hotplug attach mapped-lxc /dev/ttyUSB0 /dev/a/by-person --uid 7");
         assert_eq!(containers[0].node("/dev/a/by-person"), "character special file bc:0 100007:100020 660");
         vm.ok("qm-hotplug detach mapped-lxc /dev/a/by-person");
+        let before = vm.ok("systemctl show qm-hotplug -p MainPID --value");
         vm.ok("systemctl kill --signal=KILL qm-hotplug");
-        vm.wait_ok("an agent to be back", SECONDS_10, "qm-hotplug status | grep -q '^agent:  *running'");
+        let again = format!(
+            "pid=$(systemctl show qm-hotplug -p MainPID --value); test $pid != 0 -a $pid != {before} && \
+             systemctl is-active --quiet qm-hotplug"
+        );
+        vm.wait_ok("the agent to be back", SECONDS_10 * 3, &again);
         stick.unplug();
         for container in &containers {
             container.wait_for_no("/dev/ttyUSB0");
@@ -95,6 +100,18 @@ fn sticks_reach_them(vm: &Vm) {
         }
         assert_eq!(status(vm)["entries"], 0);
     }
+    if vm.release() == "trixie" {
+        a_read_only_dev_is_refused(vm);
+    }
     let journal = vm.ok("journalctl --sync; journalctl -u qm-hotplug -p warning -o cat --since -5min");
     assert!(!journal.contains("cannot"), "{journal}");
+}
+
+/// Podman 5 has an option for it.
+fn a_read_only_dev_is_refused(vm: &Vm) {
+    let read_only = Container::run(vm, "crun", "read-only", "--read-only --read-only-tmpfs=false");
+    let output = vm.sh("qm-hotplug attach read-only /dev/null /dev/mine");
+    assert_eq!(output.status, 5, "{}", output.stderr);
+    assert!(output.stderr.contains("/dev is mounted read-only"), "{}", output.stderr);
+    assert_eq!(read_only.node("/dev/mine"), "nothing");
 }
