@@ -157,6 +157,7 @@ mod tests {
             ("/version", json!(2), "version 2"),
             ("/entries/1/grant/holder/id", json!("c8"), "container \"c8\""),
             ("/withdrawn/0/holder/id", json!("../c7"), "container"),
+            ("/entries/0/grant/holder/cgroup_id", json!(0), "no container's cgroup"),
             ("/entries/0/grant/holder/cgroup_id", json!(1), "no container's cgroup"),
             ("/entries/0/grant/holder/cgroup", json!("/a/../../b"), "no container's cgroup"),
             ("/entries/0/grant/holder/cgroup", json!("a"), "no container's cgroup"),
