@@ -242,6 +242,10 @@ fn verify_and_explain_know_its_ids(runtime: &str) {
     {
         qm(&[&["attach", &c.name, &device.path], options].concat()).ok();
         assert_eq!(c.opens("<>", &device.path), expected, "{options:?}");
+        if options == ["--gid", "7"] {
+            let said = qm(&["verify", &c.name, &device.path]).fails(5, "uid 12 of its init may not");
+            assert!(said.contains("the node is 0660 0:7"), "{said}");
+        }
         assert_eq!(accessible(&["verify", &c.name, &device.path]), expected, "{options:?}");
         assert_eq!(accessible(&["explain", &c.name, &device.path]), expected, "{options:?}");
         qm(&["detach", &c.name, &device.path]).ok();
