@@ -42,6 +42,12 @@ impl UserNamespace {
         self.uids.to_inside(uid).is_some() && self.gids.to_inside(gid).is_some()
     }
 
+    /// Owner and group as they are seen inside: `nobody` (65534) for those that it does not know.
+    pub fn seen_inside(&self, uid: u32, gid: u32) -> (u32, u32) {
+        const NOBODY: u32 = 65_534;
+        (self.uids.to_inside(uid).unwrap_or(NOBODY), self.gids.to_inside(gid).unwrap_or(NOBODY))
+    }
+
     /// The container's root on the host.
     pub fn root(&self) -> (u32, u32) {
         (self.uids.root(), self.gids.root())

@@ -79,7 +79,12 @@ fn sticks_reach_them(vm: &Vm) {
             container.wait_for("/dev/ttyUSB0");
             let expected = "character special file bc:0 100000:100020 660";
             assert_eq!(container.node("/dev/ttyUSB0"), expected, "{}, {round}", container.name);
-            assert_eq!(open(vm, container), "opens", "{}, {round}", container.name);
+            let opened = open(vm, container);
+            if opened != "opens" {
+                let now = vm.ok(&format!("date +%s.%N; journalctl --sync; journalctl -u qm-hotplug -o short-precise --no-pager | tail -n 40; qm-hotplug list; qm-hotplug explain {} /dev/ttyUSB0; cat /proc/{}/cgroup; bpftool cgroup tree | grep -A6 libpod; true", container.name, container.pid));
+                eprintln!("{now}\nand now it {}", open(vm, container));
+            }
+            assert_eq!(opened, "opens", "{}, {round}", container.name);
             assert_eq!(grants_of(vm, &container.name).len(), 1);
         }
         assert_eq!(node(vm, "/dev/ttyUSB0"), host, "the host's node is as it was");

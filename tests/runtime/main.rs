@@ -104,7 +104,8 @@ fn main() {
         trials.push(trial((*name).to_owned(), case));
     }
     #[cfg(feature = "fail-points")]
-    trials.extend(killed::ONCE.iter().map(|(name, case)| trial((*name).to_owned(), case)));
+    trials
+        .extend([killed::ONCE, userns::ONCE].into_iter().flatten().map(|(name, case)| trial((*name).to_owned(), case)));
     if !arguments.list {
         support::enter();
         podman::remove_leftovers();
