@@ -152,6 +152,12 @@ mod tests {
     fn what_contradicts_itself_is_not_taken() {
         let good = page();
         assert_eq!(serde_json::to_value(parse("c-c7.json", good.to_string().as_bytes()).unwrap()).unwrap(), good);
+        let mut users = good.clone();
+        for holder in ["/entries/0/grant/holder", "/entries/1/grant/holder", "/withdrawn/0/holder"] {
+            let holder = users.pointer_mut(holder).unwrap();
+            (holder["cgroup"], holder["cgroup_id"], holder["user"]) = (json!(""), json!(0), json!(1000));
+        }
+        assert_eq!(serde_json::to_value(parse("c-c7.json", users.to_string().as_bytes()).unwrap()).unwrap(), users);
         assert!(parse("c-c8.json", good.to_string().as_bytes()).unwrap_err().contains("container \"c7\""));
         for (at, value, said) in [
             ("/version", json!(2), "version 2"),
