@@ -10,7 +10,7 @@ use crate::core::uevent::Uevent;
 use crate::runtime::places::Place;
 
 /// How much of what udevd tells of one device at a time is kept.
-const MOST_TOLD: usize = 64;
+const MOST_TOLD: usize = 1024;
 
 /// Something happened.
 #[derive(Debug)]

@@ -36,6 +36,8 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     for uid in users::uids() {
         drop(registry.look_at_user(&executor.cgroups, uid));
     }
+    let asking = registry.containers.values().filter(|known| !known.rules.is_empty());
+    asking.for_each(|known| early::prepare(executor, registry, known));
     let stays = |entry: &Entry| manual_and_valid(entry) || is_undecided(entry, registry);
     let mut desired = wanted(executor, registry, |_| true, |_| true, stays);
     if let Err(error) = executor.adopt(&desired) {
@@ -45,8 +47,6 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     withdrawals::settle(executor, registry, &desired, |_, _| true, None);
     drop(carry_out(executor, registry, &desired, &observed, goes_with_node, None));
-    let asking = registry.containers.values().filter(|known| !known.rules.is_empty());
-    asking.for_each(|known| early::prepare(executor, registry, known));
     executor.mirror_all(|holder| registry.wish(holder));
     if !executor.ledger.lost().is_empty() {
         executor.sweep(&registry.snapshot());

@@ -1,11 +1,12 @@
 //! The containers of ordinary users, who can have them looked at as often as they like.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
 
 use crate::agent::news::What;
 use crate::agent::registry::Registry;
 use crate::agent::{Compared, reconcile};
+use crate::core::container::Container;
 use crate::ops::Executor;
 use crate::runtime::users;
 use crate::sys::cgroup::CgroupRoot;
@@ -13,7 +14,19 @@ use crate::sys::cgroup::CgroupRoot;
 impl Registry {
     /// Takes in the containers of an ordinary user. Returns the ids of those that have to be looked at.
     pub(super) fn look_at_user(&mut self, cgroups: &CgroupRoot, uid: u32) -> BTreeSet<String> {
-        let users::Listing { containers, is_cut } = users::containers(uid);
+        let users::Listing { mut containers, mut is_cut } = users::containers(uid);
+        // He can give a process as many names as he likes, one after the other: the first one counts while it runs.
+        let known = self.containers.values().map(|known| &known.container).filter(|its| its.user() == Some(uid));
+        let run = |its: &Container| (its.pid, its.start_time);
+        let mut known: HashMap<_, String> = known.map(|its| (run(its), its.id.clone())).collect();
+        containers.retain(|its| match known.get(&run(its)) {
+            Some(id) => *id == its.id,
+            None if known.len() == users::MOST => {
+                is_cut = true;
+                false
+            }
+            None => known.insert(run(its), its.id.clone()).is_none(),
+        });
         if is_cut {
             let text = format!("user {uid} has more containers than are looked at: the first {}", users::MOST);
             self.said.once(&format!("{uid}@"), "", text);

@@ -20,6 +20,7 @@ pub mod id_map;
 pub mod ledger;
 pub mod matcher;
 pub mod mirror;
+pub mod mountinfo;
 pub mod naming;
 pub mod page;
 pub mod pattern;

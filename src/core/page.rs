@@ -87,7 +87,8 @@ fn check_holder(name: &str, holder: &Holder) -> Result<(), String> {
     }
     let is_one = || *cgroup_id > 1 && is_plain(cgroup) && !cgroup.split('/').any(|part| part == "..");
     // 1 is the root's, and with it every process's. Without any there is no right, only a node.
-    if !(is_one() || *user != 0 && *cgroup_id == 0 && cgroup.is_empty()) {
+    let has_none = *user != 0 && *cgroup_id == 0 && cgroup.is_empty();
+    if !has_none && !is_one() {
         return Err(format!("{cgroup:?} with the id {cgroup_id} is no container's cgroup"));
     }
     if *pid < 2 || i32::try_from(*pid).is_err() {
@@ -151,11 +152,18 @@ mod tests {
     fn what_contradicts_itself_is_not_taken() {
         let good = page();
         assert_eq!(serde_json::to_value(parse("c-c7.json", good.to_string().as_bytes()).unwrap()).unwrap(), good);
+        let mut users = good.clone();
+        for holder in ["/entries/0/grant/holder", "/entries/1/grant/holder", "/withdrawn/0/holder"] {
+            let holder = users.pointer_mut(holder).unwrap();
+            (holder["cgroup"], holder["cgroup_id"], holder["user"]) = (json!(""), json!(0), json!(1000));
+        }
+        assert_eq!(serde_json::to_value(parse("c-c7.json", users.to_string().as_bytes()).unwrap()).unwrap(), users);
         assert!(parse("c-c8.json", good.to_string().as_bytes()).unwrap_err().contains("container \"c7\""));
         for (at, value, said) in [
             ("/version", json!(2), "version 2"),
             ("/entries/1/grant/holder/id", json!("c8"), "container \"c8\""),
             ("/withdrawn/0/holder/id", json!("../c7"), "container"),
+            ("/entries/0/grant/holder/cgroup_id", json!(0), "no container's cgroup"),
             ("/entries/0/grant/holder/cgroup_id", json!(1), "no container's cgroup"),
             ("/entries/0/grant/holder/cgroup", json!("/a/../../b"), "no container's cgroup"),
             ("/entries/0/grant/holder/cgroup", json!("a"), "no container's cgroup"),

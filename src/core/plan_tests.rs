@@ -48,17 +48,33 @@ pub(crate) fn grant(cgroup: u64, minor: u32, path: u32, access: u32) -> Grant {
     }
 }
 
+/// The same without a cgroup, of an ordinary user.
+fn without_cgroup(number: u64) -> Holder {
+    let id = format!("1000@c{number}");
+    Holder { id, cgroup: String::new(), cgroup_id: 0, user: 1000, ..holder(number) }
+}
+
+type Whose = (u64, String);
+
+fn whose(holder: &Holder) -> Whose {
+    let (cgroup, id) = holder.whose();
+    (cgroup, id.to_owned())
+}
+
 /// What steps change.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct World {
     rights: BTreeMap<(u64, Number), Access>,
-    nodes: BTreeMap<(u64, String), Number>,
+    nodes: BTreeMap<(Whose, String), Number>,
     marks: BTreeSet<u64>,
     ledger: Vec<Entry>,
 }
 
 impl World {
     fn apply(&mut self, step: &Step) {
+        if let Step::Mark(holder) | Step::Unmark(holder) | Step::Allow { holder, .. } = step {
+            assert!(holder.has_filter(), "nobody has rights in the filter without a cgroup: {step:?}");
+        }
         match step {
             Step::Record(entry) => {
                 self.ledger.retain(|other| other.left_over.is_none() || !other.grant.is_same(&entry.grant));
@@ -85,11 +101,11 @@ impl World {
                 };
             }
             Step::MakeNode(grant) => {
-                let key = (grant.holder.cgroup_id, grant.node.path.clone());
+                let key = (whose(&grant.holder), grant.node.path.clone());
                 assert!(self.nodes.insert(key, grant.device.number).is_none(), "no node is overwritten");
             }
             Step::RemoveNode { grant, .. } => {
-                self.nodes.remove(&(grant.holder.cgroup_id, grant.node.path.clone()));
+                self.nodes.remove(&(whose(&grant.holder), grant.node.path.clone()));
             }
         }
     }
@@ -119,8 +135,12 @@ impl World {
 }
 
 fn grants() -> impl Strategy<Value = Vec<Grant>> {
-    let one = (1u64..4, 0u32..3, 0u32..3, 1u32..8).prop_map(|(cgroup, minor, path, access)| {
+    let one = (1u64..6, 0u32..3, 0u32..3, 1u32..8).prop_map(|(cgroup, minor, path, access)| {
         let mut grant = grant(cgroup, minor, path, access);
+        // Several of these at once.
+        if cgroup > 3 {
+            grant.holder = without_cgroup(cgroup);
+        }
         // By its path, so that two of these are the same only if they have one origin.
         if path > 0 {
             grant.origin = Origin::Rule("ttyUSB".into());
@@ -129,7 +149,7 @@ fn grants() -> impl Strategy<Value = Vec<Grant>> {
     });
     proptest::collection::vec(one, 0..8).prop_map(|mut all| {
         let mut seen = BTreeSet::new();
-        all.retain(|grant| seen.insert((grant.holder.cgroup_id, grant.node.path.clone())));
+        all.retain(|grant| seen.insert((whose(&grant.holder), grant.node.path.clone())));
         all
     })
 }

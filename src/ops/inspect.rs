@@ -70,7 +70,7 @@ impl<'a> Inspection<'a> {
             path: target.path.clone(),
             number: target.number,
             access: Access::from_bits(granted.bits() & OPENS.bits()),
-            user: format!("uid {}", self.user.uid),
+            user: format!("uid {}", self.seen_inside(self.user.uid, self.user.gid).0),
         }
     }
 
@@ -79,12 +79,20 @@ impl<'a> Inspection<'a> {
         let place = Place::Inside { process: &self.process, host: self.host, path: &subject.path };
         let open = open.then_some(subject.number);
         let mut answer = ask(&Question { user: Some(&self.user), open, ..self.question(place, subject.access) })?;
+        if let Found::Node(seen) = &mut answer.found {
+            (seen.uid, seen.gid) = self.seen_inside(seen.uid, seen.gid);
+        }
         if !matches!(&answer.found, Found::Node(seen) if seen.number == subject.number) {
             let node = host()?;
             let place = Place::Node(node.borrow());
             answer.filter = ask(&self.question(place, subject.access))?.filter;
         }
         Ok(answer)
+    }
+
+    /// Ids as the container's own programs see them.
+    fn seen_inside(&self, uid: u32, gid: u32) -> (u32, u32) {
+        self.user.namespace.as_ref().map_or((uid, gid), |namespace| namespace.seen_inside(uid, gid))
     }
 
     fn question<'b>(&'b self, place: Place<'b>, access: Access) -> Question<'b> {

@@ -53,17 +53,19 @@ pub fn containers(uid: u32) -> Listing {
     let (mut listing, mut left) = (Listing::default(), BYTES);
     let Ok(Some(home)) = Home::open(uid) else { return listing };
     let account = Account::of(uid);
-    let mut seen = BTreeSet::new();
+    // One process is one container, however often it is told of.
+    let (mut ids_seen, mut processes) = (0, BTreeSet::new());
     for runtime in RUNTIMES {
         let Ok(Some((directory, ids))) = home.list(runtime) else { continue };
         for id in ids {
-            if seen.len() >= MOST || left == 0 {
+            if ids_seen == MOST || left == 0 {
                 listing.is_cut = true;
                 return listing;
             }
-            match load(&home, directory.as_fd(), &id, &account, &mut left) {
-                Ok(Some(container)) if seen.insert(container.id.clone()) => listing.containers.push(container),
-                Ok(_) => {}
+            ids_seen += 1;
+            let is_new = |pid| processes.insert(pid);
+            match load(&home, directory.as_fd(), &id, &account, &mut left, is_new) {
+                Ok(container) => listing.containers.extend(container),
                 Err(reason) => tracing::debug!("state in {USERS}/{uid}/{runtime}/{id:?} passed over: {reason}"),
             }
         }
@@ -71,13 +73,14 @@ pub fn containers(uid: u32) -> Listing {
     listing
 }
 
-/// A container of his that runs.
+/// A container of his that runs, if its process is new.
 fn load(
     home: &Home,
     directory: BorrowedFd<'_>,
     id: &str,
     account: &Account,
     left: &mut u64,
+    is_new: impl FnOnce(u32) -> bool,
 ) -> Result<Option<Container>, String> {
     let failed = |error: io::Error| error.to_string();
     let Some(place) = home.directory(directory, id).map_err(failed)? else { return Ok(None) };
@@ -93,6 +96,9 @@ fn load(
     let Some(init) = Process::open_same(container.pid, container.start_time) else { return Ok(None) };
     if let Some(reason) = ownership::refusal(&init, home.uid).map_err(failed)? {
         return Err(reason);
+    }
+    if !is_new(container.pid) {
+        return Ok(None);
     }
     // Two directories are two containers, whatever is written in them.
     let name = conmon::name_of(init.parent, id);

@@ -194,6 +194,12 @@ fn make_in(
     }
     if let Some(mapped) = inside.mapped {
         let failed = |source| NodeError::Failed { what: format!("mount a device node at {path}"), source };
+        let looked = |source| NodeError::Failed { what: format!("look at the mount of {parent}"), source };
+        if let Some(place) = mounted::seen_on_host(mapped, directory).map_err(looked)? {
+            return Err(NodeError::Refused(format!(
+                "{parent} is mounted with shared propagation, and what is mounted there would appear in {place} on the host: mount it with private or slave propagation"
+            )));
+        }
         // What is mounted there cannot be renamed over.
         if let Some(number) = found.as_ref().and_then(number_of) {
             mounted::take_out(mapped, directory, name, number).map_err(failed)?;

@@ -42,6 +42,12 @@ impl UserNamespace {
         self.uids.to_inside(uid).is_some() && self.gids.to_inside(gid).is_some()
     }
 
+    /// Owner and group as they are seen inside: `nobody` (65534) for those that it does not know.
+    pub fn seen_inside(&self, uid: u32, gid: u32) -> (u32, u32) {
+        const NOBODY: u32 = 65_534;
+        (self.uids.to_inside(uid).unwrap_or(NOBODY), self.gids.to_inside(gid).unwrap_or(NOBODY))
+    }
+
     /// The container's root on the host.
     pub fn root(&self) -> (u32, u32) {
         (self.uids.root(), self.gids.root())
@@ -95,8 +101,8 @@ fn give_up_groups() -> io::Result<()> {
     if unsafe { libc::getgroups(0, std::ptr::null_mut()) } == 0 {
         return Ok(());
     }
-    // SAFETY: with a length of 0 it reads nothing. The call itself concerns this thread alone, other than glibc's function
-    // of that name.
+    // The call itself concerns this thread alone, other than glibc's function of that name.
+    // SAFETY: with a length of 0 it reads nothing.
     match unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

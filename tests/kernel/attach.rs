@@ -267,7 +267,7 @@ fn what_is_no_container_is_refused() {
     let bare = Actor::start(Some(place.path()));
     put_into_root(bare.pid());
     qm(&["attach", &format!("pid:{}", bare.pid()), "/dev/zero"]).fails(5, "no cgroup of its own");
-    // A namespace in which no device can be opened.
+    // Nor one that has a user namespace, too.
     let mut child = std::process::Command::new("unshare").args(["-r", "--mount", "sleep", "100"]).spawn().unwrap();
     let its = |what: &str| fs::read_link(format!("/proc/{}/ns/{what}", child.id())).unwrap();
     let ours = |what: &str| fs::read_link(format!("/proc/self/ns/{what}")).unwrap();
@@ -275,7 +275,7 @@ fn what_is_no_container_is_refused() {
     let said = qm(&["attach", &format!("pid:{}", child.id()), "/dev/zero"]);
     child.kill().unwrap();
     child.wait().unwrap();
-    said.fails(5, "user namespace");
+    said.fails(5, "no cgroup of its own");
     expect_nothing();
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
 }

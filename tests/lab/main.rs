@@ -17,6 +17,7 @@ mod gadget;
 mod hook;
 mod hub;
 mod install;
+mod mapped;
 mod nested;
 mod operation;
 mod plug;
@@ -56,6 +57,7 @@ fn cases() -> impl Iterator<Item = Case> {
         plug::CASES,
         survive::CASES,
         nested::CASES,
+        mapped::CASES,
         install::CASES,
         operation::CASES,
         demo::CASES,

@@ -5,10 +5,14 @@ use serde_json::Value;
 use crate::Case;
 use crate::container::{open_script, why};
 use crate::hook::{Packaged, journal};
+use crate::install::Installed;
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
-use crate::vm::Vm;
+use crate::vm::{SECONDS_10, Vm};
 
-pub(crate) const CASES: &[Case] = &[("rootless::a_user_gets_what_it_may_open", a_user_gets_what_it_may_open)];
+pub(crate) const CASES: &[Case] = &[
+    ("rootless::a_user_gets_what_it_may_open", a_user_gets_what_it_may_open),
+    ("rootless::the_unit_serves_a_user", the_unit_serves_a_user),
+];
 
 /// A member of dialout, with a runtime directory; gone on drop, with all that runs as this user.
 struct User<'vm>(&'vm Vm);
@@ -21,8 +25,9 @@ impl<'vm> User<'vm> {
     #[track_caller]
     fn add(vm: &'vm Vm) -> Self {
         let user = Self(vm);
-        vm.ok("useradd --create-home --uid 1000 --groups dialout lab && \
-               install -d -m 700 -o lab -g lab /run/user/1000");
+        // As systemd does at a login.
+        vm.ok("useradd --create-home --uid 1000 --groups dialout lab && mkdir -m 700 /run/user/1000 && sleep 0.2 && \
+               mount -t tmpfs -o nosuid,nodev,mode=0700,uid=1000,gid=1000,size=64m tmpfs /run/user/1000");
         user
     }
 
@@ -94,6 +99,43 @@ fn a_user_gets_what_it_may_open(vm: &Vm) {
         let sticks = entries.iter().find(|entry| entry["F_CATEGORY"] == "ttyUSB").expect("it is told");
         assert_eq!(sticks["F_COUNT"], (3 - withheld.len()).to_string(), "{name}");
     }
+}
+
+/// By the unit as it is installed, in its sandbox: what is plugged in while the container runs.
+fn the_unit_serves_a_user(vm: &Vm) {
+    let _installed = Installed::new(vm);
+    vm.ok("systemctl start qm-hotplug");
+    let user = User::add(vm);
+    for runtime in ["crun", "runc"] {
+        user.run(runtime, &format!("own-{runtime}"), ASKS_FOR_STICKS);
+    }
+    let has = |count: usize| {
+        vm.wait_ok(
+            &format!("{count} grants"),
+            SECONDS_10 * 2,
+            &format!("test $(qm-hotplug list --json | grep -o '\"right\":\"node\"' | wc -l) = {count}"),
+        );
+    };
+    for _ in 0..2 {
+        let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
+        has(2);
+        for name in ["own-crun", "own-runc"] {
+            assert_eq!(user.open_all(name, &["/dev/ttyUSB0"]), ["opens"], "{name}");
+            vm.ok(&format!("qm-hotplug verify lab@{name}"));
+        }
+        stick.unplug();
+        has(0);
+        for name in ["own-crun", "own-runc"] {
+            assert_eq!(user.open_all(name, &["/dev/ttyUSB0"]), ["nothing is there"], "{name}");
+        }
+    }
+    vm.ok("gpasswd --delete lab dialout");
+    let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
+    let told =
+        "journalctl --sync; journalctl -u qm-hotplug -o cat --since -1min | grep -c 'add lab to the group dialout'";
+    vm.wait_ok("the reason to be told", SECONDS_10, &format!("test $({told}) = 2"));
+    has(0);
+    stick.unplug();
 }
 
 /// The hook's entries in the journal about a container of the user.

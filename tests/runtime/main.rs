@@ -12,6 +12,7 @@ mod containers;
 mod detach;
 mod engines;
 mod exact;
+mod forged;
 mod hook;
 mod host_dev;
 mod hotplug;
@@ -24,6 +25,7 @@ mod persist;
 mod plug;
 mod policy;
 mod precreate;
+mod read_only;
 mod refusals;
 mod refused_containers;
 mod refused_destinations;
@@ -77,6 +79,7 @@ fn main() {
         engines::CASES,
         rootless::CASES,
         userns::CASES,
+        read_only::CASES,
     ];
     let each = |(name, case): &Case| {
         let case = *case;
@@ -95,6 +98,7 @@ fn main() {
         storm::ONCE,
         containers::ONCE,
         engines::ONCE,
+        forged::ONCE,
     ]
     .into_iter()
     .flatten()
@@ -102,7 +106,8 @@ fn main() {
         trials.push(trial((*name).to_owned(), case));
     }
     #[cfg(feature = "fail-points")]
-    trials.extend(killed::ONCE.iter().map(|(name, case)| trial((*name).to_owned(), case)));
+    trials
+        .extend([killed::ONCE, userns::ONCE].into_iter().flatten().map(|(name, case)| trial((*name).to_owned(), case)));
     if !arguments.list {
         support::enter();
         podman::remove_leftovers();

@@ -17,6 +17,7 @@ pub(crate) const CASES: &[Case] = &[
     ("rootless::a_policy_gives_what_he_may_not_open", a_policy_gives_what_he_may_not_open),
     ("rootless::attach_is_roots_word", attach_is_roots_word),
     ("rootless::names_are_his_own", names_are_his_own),
+    ("rootless::users_come_and_go", users_come_and_go),
 ];
 
 /// The group `dialout`, which nobody is in.
@@ -201,9 +202,32 @@ fn attach_is_roots_word(runtime: &str) {
     qm(&["attach", &c.own_name, &device.path]).fails(3, "no running container");
     // What lies in it is not a way to the host: the user may not write there.
     let other = user.start(runtime, "bound", &["-v", "/usr/local:/dev/local"]);
-    qm(&["attach", &other.name, &device.path, "/dev/local/mine"]);
-    qm(&["attach", &other.name, &device.path, "/dev/local/more/mine"]);
+    qm(&["attach", &other.name, &device.path, "/dev/local/mine"]).fails(1, "Permission denied");
+    qm(&["attach", &other.name, &device.path, "/dev/local/more/mine"]).fails(1, "Permission denied");
     assert!(!std::path::Path::new("/usr/local/mine").exists() && !std::path::Path::new("/usr/local/more").exists());
+}
+
+/// As at a login: systemd makes the directory, then mounts a file system on it, of which nothing tells.
+fn users_come_and_go(runtime: &str) {
+    drop(alice());
+    let _device = console(51).owned_by(0, 5, 0o666);
+    let agent = Agent::start();
+    for round in 0..3 {
+        let user = alice();
+        let c = user.start(runtime, "web", &[&asks("x", "devname=vcsa51")]);
+        wait_for(&format!("what it asks for, round {round}"), || grants().len() == 1);
+        assert!(c.opens("/dev/vcsa51"));
+        // Written down, it is there again after a restart of the container; of its user's by that name.
+        qm(&["attach", &c.name, "/dev/tty9", "--persist"]).ok();
+        assert!(c.node("/dev/tty9").is_some());
+        drop(c);
+        wait_for("it to go", || grants().iter().all(|grant| grant["node"] == "none"));
+        let c = user.start(runtime, "web", &[]);
+        wait_for("what was attached for good", || c.node("/dev/tty9").is_some());
+        qm(&["detach", &c.name, "/dev/tty9"]).ok();
+        assert_eq!((c.node("/dev/tty9"), grants().len()), (None, 0));
+    }
+    assert!(!agent.log().contains("panicked"));
 }
 
 fn names_are_his_own(runtime: &str) {

@@ -22,6 +22,9 @@ pub(crate) const CASES: &[Case] = &[
     ("userns::verify_and_explain_know_its_ids", verify_and_explain_know_its_ids),
 ];
 
+#[cfg(feature = "fail-points")]
+pub(crate) const ONCE: &[crate::CaseOnce] = &[("userns::killed_at_every_point", killed_at_every_point)];
+
 /// Of the host's node, all that could be changed.
 fn host(device: &Plugged) -> (u64, u64, u32, u32, u32, u64, i64, i64) {
     let it = std::fs::symlink_metadata(&device.path).unwrap();
@@ -242,8 +245,23 @@ fn verify_and_explain_know_its_ids(runtime: &str) {
     {
         qm(&[&["attach", &c.name, &device.path], options].concat()).ok();
         assert_eq!(c.opens("<>", &device.path), expected, "{options:?}");
+        if options == ["--gid", "7"] {
+            let said = qm(&["verify", &c.name, &device.path]).fails(5, "uid 12 of its init may not");
+            assert!(said.contains("the node is 0660 0:7"), "{said}");
+        }
         assert_eq!(accessible(&["verify", &c.name, &device.path]), expected, "{options:?}");
         assert_eq!(accessible(&["explain", &c.name, &device.path]), expected, "{options:?}");
         qm(&["detach", &c.name, &device.path]).ok();
     }
+}
+
+#[cfg(feature = "fail-points")]
+fn killed_at_every_point() {
+    use crate::killed::{MAPPED, attaching_and_detaching, expect_seen, grants_by_rule, revocations_by_rule};
+
+    grants_by_rule("crun", Container::start_mapped);
+    revocations_by_rule("runc", Container::start_mapped);
+    attaching_and_detaching("crun", true, Container::start_mapped);
+    attaching_and_detaching("runc", false, Container::start_mapped);
+    expect_seen(|point| MAPPED.contains(&point));
 }

@@ -18,6 +18,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProto
 use nix::unistd::{ForkResult, Pid, fork};
 use qm_hotplug::core::udev_message::of_udev;
 use qm_hotplug::sys::process::Process;
+use qm_hotplug::sys::uevent::{Received, Uevents};
 
 const RUN_UDEV: &str = "/run/udev";
 
@@ -172,7 +173,7 @@ fn listen(mut writer: UnixStream, group: Group) -> std::io::Result<()> {
         Group::Udev(subsystems) => {
             subsystems.iter().try_fold(udev::MonitorBuilder::new()?, |monitor, name| monitor.match_subsystem(name))?
         }
-        Group::Kernel => udev::MonitorBuilder::new_kernel()?,
+        Group::Kernel => return listen_to_kernel(writer),
     };
     let socket = monitor.listen()?;
     writer.write_all(b"{}\n")?;
@@ -185,6 +186,21 @@ fn listen(mut writer: UnixStream, group: Group) -> std::io::Result<()> {
                 (entry.name().to_string_lossy().into_owned(), entry.value().to_string_lossy().into_owned())
             });
             writeln!(writer, "{}", serde_json::to_string(&properties.collect::<Heard>()).unwrap())?;
+        }
+    }
+}
+
+/// libudev takes nothing of the kernel's in a user namespace, where the host's root is nobody.
+fn listen_to_kernel(mut writer: UnixStream) -> std::io::Result<()> {
+    let mut events = Uevents::of_kernel()?;
+    writer.write_all(b"{}\n")?;
+    loop {
+        rustix::event::poll(&mut [rustix::event::PollFd::new(&events, rustix::event::PollFlags::IN)], None)?;
+        if let Received::Message(message) = events.receive()? {
+            let text = String::from_utf8_lossy(message).into_owned();
+            let pairs = text.split('\0').filter_map(|pair| pair.split_once('='));
+            let heard: Heard = pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+            writeln!(writer, "{}", serde_json::to_string(&heard).unwrap())?;
         }
     }
 }
