@@ -3,7 +3,7 @@
 
 /// Every point. A test kills at each, and fails if one was not reached.
 #[cfg(feature = "fail-points")]
-pub const POINTS: [&str; 31] = [
+pub const POINTS: [&str; 34] = [
     "ledger: before a page is written",
     "ledger: before a page is renamed",
     "ledger: a page is written",
@@ -32,6 +32,9 @@ pub const POINTS: [&str; 31] = [
     "node: removed",
     "node: a directory is removed",
     "grant: done, and not settled",
+    "mirror: a device is noted",
+    "mirror: an entry is written",
+    "mirror: an entry is removed",
     "persist: before the file is renamed",
     "persist: the file is written",
     "persist: the file is removed",

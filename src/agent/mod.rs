@@ -3,6 +3,7 @@
 mod api;
 pub mod client;
 mod monitors;
+mod news;
 mod reconcile;
 mod refusals;
 mod registry;
@@ -22,7 +23,7 @@ use crate::agent::api::Call;
 use crate::agent::refusals::Refusals;
 use crate::agent::registry::Registry;
 use crate::agent::service::Service;
-use crate::agent::watch::{News, What};
+use crate::agent::news::{News, What};
 use crate::core::container::Reference;
 use crate::core::event::{Changed, Event};
 use crate::core::ledger::Entry;
@@ -225,12 +226,12 @@ fn at_hand(first: News, news: &mut mpsc::Receiver<News>) -> Vec<News> {
     {
         all.push(next);
     }
-    watch::newest(all)
+    news::newest(all)
 }
 
 fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusals, News { at, what }: News) {
     match what {
-        What::Plugged(device) => reconcile::plugged(executor, registry, *device, at),
+        What::Plugged(device, told) => reconcile::plugged(executor, registry, *device, &told, at),
         What::Unplugged(event) => reconcile::unplugged(executor, registry, &event, at),
         What::State(place, since) => reconcile::container(executor, registry, place, since, at),
         What::Cgroup(id) => reconcile::mark_again(executor, &id),

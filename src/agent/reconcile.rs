@@ -9,12 +9,14 @@ use crate::core::event::{Changed, Event};
 use crate::core::facts::{Facts, usb_bus};
 use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement, Withdrawal};
 use crate::core::matcher;
+use crate::core::mirror::Told;
 use crate::core::plan::{Change, changes};
 use crate::core::rule::Rule;
 use crate::core::uevent::Uevent;
 use crate::core::withdrawal::{self, Presence};
 use crate::error::Error;
 use crate::ops::Executor;
+use crate::ops::mirror::Concern;
 use crate::runtime::places::{Patterns, Place};
 use crate::sys::process::is_gone;
 use crate::sys::sysfs::KernelSysfs;
@@ -37,7 +39,12 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     let observed = executor.ledger.entries().cloned().collect::<Vec<_>>();
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     settle_withdrawals(executor, registry, &desired, |_, _| true, None);
-    carry_out(executor, registry, &desired, &observed, goes_with_node, None);
+    drop(carry_out(executor, registry, &desired, &observed, goes_with_node, None));
+    let asking = registry.containers.values().filter(|known| !known.rules.is_empty());
+    for holder in asking.filter_map(|known| known.holder.as_ref()) {
+        executor.prepare(holder, registry.wish(holder));
+    }
+    executor.mirror_all(|holder| registry.wish(holder));
     if !executor.ledger.lost().is_empty() {
         executor.sweep(&registry.snapshot());
     }
@@ -48,7 +55,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
 }
 
 /// A device is there: for the containers that ask for it.
-pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: Device, since: Instant) {
+pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: Device, told: &[Told], since: Instant) {
     let (devpath, number) = (device.identity.devpath.clone(), device.number);
     registry.retry(&executor.cgroups);
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == devpath);
@@ -61,6 +68,8 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     let mut desired = wanted(executor, registry, |_| true, |its| its.identity.devpath == devpath, in_force);
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
+    let all = observed.iter().map(|entry| &entry.grant).chain(&desired).map(concern).collect::<Vec<_>>();
+    executor.mirror(&all, told, |holder| registry.wish(holder));
     settle_withdrawals(executor, registry, &desired, |_, its| its == number, None);
     let has_gone = |entry: &Entry| !desired.iter().any(|grant| grant.is_same(&entry.grant));
     let gone: Vec<Entry> = observed.into_iter().filter(has_gone).collect();
@@ -74,9 +83,10 @@ pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event:
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == *devpath);
     // The first withdrawal loads a program, which takes as long as a hundred removals: they go first.
     let (from_start, others): (Vec<_>, Vec<_>) = observed.into_iter().partition(|entry| entry.grant.at_start);
-    carry_out(executor, registry, &[], &others, |_| true, Some(since));
+    let mut concerns = carry_out(executor, registry, &[], &others, |_| true, Some(since));
     settle_withdrawals(executor, registry, &[], |_, its| its == event.number, Some(event.number));
-    carry_out(executor, registry, &[], &from_start, |_| true, Some(since));
+    concerns.extend(carry_out(executor, registry, &[], &from_start, |_| true, Some(since)));
+    executor.mirror(&concerns, &[], |holder| registry.wish(holder));
     registry.devices.remove(devpath);
     let waiting = registry.waiting.borrow().clone();
     let gone = from_start.iter().chain(&others).map(|entry| &entry.grant.holder.id);
@@ -120,6 +130,11 @@ pub(super) fn container(
     if !is_new && executor.ledger.of(&id).next().is_some() {
         return mark_again(executor, &id);
     }
+    if let Some(known) = registry.containers.get(&id).filter(|known| !known.rules.is_empty())
+        && let Some(holder) = &known.holder
+    {
+        executor.prepare(holder, registry.wish(holder));
+    }
     all_of(executor, registry, &BTreeSet::from([id]), "", since);
 }
 
@@ -144,7 +159,8 @@ fn all_of(executor: &mut Executor, registry: &mut Registry, ids: &BTreeSet<Strin
     let is_its =
         |known: &Known, number| ids.contains(&known.container.id) && (place.is_empty() || numbers.contains(&number));
     settle_withdrawals(executor, registry, &desired, is_its, None);
-    carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
+    let concerns = carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
+    executor.mirror(&concerns, &[], |holder| registry.wish(holder));
 }
 
 /// A runtime's update may have detached the mark of a container with grants: it is put back.
@@ -161,6 +177,7 @@ pub(super) fn ended(executor: &mut Executor, registry: &mut Registry, id: &str) 
     let observed: Vec<Entry> = executor.ledger.of(id).filter(|entry| has_ended(entry)).cloned().collect();
     observed.iter().for_each(|entry| registry.unfollow(&entry.grant.holder));
     carry_out(executor, registry, &[], &observed, is_unplugged, None);
+    executor.unmirror_ended(id);
     executor.restore_ended();
     freed(executor, registry, &observed);
 }
@@ -171,7 +188,7 @@ pub(super) fn freed(executor: &mut Executor, registry: &mut Registry, gone: &[En
     if gone.iter().any(|entry| entry.grant.exclusive) || !gone.is_empty() && is_wanted_alone() {
         let devices: BTreeSet<&String> = gone.iter().map(|entry| &entry.grant.device.identity.devpath).collect();
         let devices: Vec<Device> = devices.iter().filter_map(|path| registry.devices.get(*path)).cloned().collect();
-        devices.into_iter().for_each(|device| plugged(executor, registry, device, Instant::now()));
+        devices.into_iter().for_each(|device| plugged(executor, registry, device, &[], Instant::now()));
     }
     let waiting = registry.waiting.borrow().clone();
     let ids = gone.iter().map(|entry| &entry.grant.holder.id).filter(|id| waiting.contains(*id));
@@ -340,7 +357,11 @@ fn is_undecided(entry: &Entry, registry: &Registry) -> bool {
         })
 }
 
-/// Each change by itself: one that fails is logged and does not stop the others.
+fn concern(grant: &Grant) -> Concern {
+    (grant.holder.clone(), grant.device.clone())
+}
+
+/// Each change by itself: one that fails is logged and does not stop the others. Returns whom and what they concern.
 fn carry_out(
     executor: &mut Executor,
     registry: &mut Registry,
@@ -348,18 +369,19 @@ fn carry_out(
     observed: &[Entry],
     unplugged: impl Fn(&Entry) -> bool,
     since: Option<Instant>,
-) {
-    for change in changes(desired, observed, unplugged) {
-        let result = executor.carry_out(&change);
+) -> Vec<Concern> {
+    let changes = changes(desired, observed, unplugged);
+    for change in &changes {
+        let result = executor.carry_out(change);
         let micros = since.map(|since| since.elapsed().as_micros() as u64);
-        let (what, grant) = match &change {
+        let (what, grant) = match change {
             Change::Add(grant) => ("granted", grant),
             Change::Remove { entry, .. } => ("revoked", &entry.grant),
         };
         let (container, device) = (grant.holder.label(), grant.device.number.to_string());
         match result {
             Ok(placement) => {
-                match &change {
+                match change {
                     Change::Add(grant) => {
                         registry.follow(&executor.cgroups, &grant.holder);
                         registry.monitors.tell(|| {
@@ -379,4 +401,5 @@ fn carry_out(
             Err(error) => tracing::error!(container, device, "{} not {what}: {}", grant.node.path, error.chain()),
         }
     }
+    changes.iter().map(|change| concern(change.grant())).collect()
 }

@@ -1,7 +1,6 @@
 //! One thread that waits for everything the agent hears of, and hands it on as owned values. It never waits for the
 //! loop that works on it, so that the kernel's buffers stay empty during a storm.
 
-use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -14,64 +13,13 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::mpsc::{Sender, WeakSender};
 
+use crate::agent::news::{News, What};
 use crate::agent::state_watch::{CgroupWatch, Changed, StateWatch};
-use crate::core::device::Device;
 use crate::core::uevent::{Action, Uevent, parse};
 use crate::runtime::places::{Patterns, Place};
 use crate::sys::ring::Ring;
 use crate::sys::udev;
 use crate::sys::uevent::{Received, Uevents};
-
-/// Something happened.
-#[derive(Debug)]
-pub(super) struct News {
-    /// When it was read.
-    pub(super) at: Instant,
-    /// What it is.
-    pub(super) what: What,
-}
-
-/// What happened.
-#[derive(Debug)]
-pub(super) enum What {
-    /// A device is there, its node has its final owner and mode.
-    Plugged(Box<Device>),
-    /// A device is gone.
-    Unplugged(Uevent),
-    /// Events were lost: compare everything.
-    Lost,
-    /// What is at a container's place appeared or changed, or is to be looked at again since it was starting then.
-    State(Place, Option<Instant>),
-    /// Somebody wrote to the cgroup of the container with this id.
-    Cgroup(String),
-    /// The process with this token ended.
-    Exited(u64),
-    /// Refusals are in the ring.
-    Refused,
-}
-
-/// Leaves out what is over: events of a device with its number, a cgroup or a container's state that a later one follows, and all losses but
-/// the last, after which everything is compared. Whatever took a device's place is another one by its identity, so its last event takes back what the ones
-/// before had left.
-pub(super) fn newest(mut all: Vec<News>) -> Vec<News> {
-    let (mut devices, mut cgroups, mut places, mut is_lost) = (HashSet::new(), HashSet::new(), HashSet::new(), false);
-    let mut kept: Vec<News> = Vec::with_capacity(all.len());
-    while let Some(news) = all.pop() {
-        let counts = match &news.what {
-            What::Plugged(device) => devices.insert((device.identity.devpath.clone(), device.number)),
-            What::Unplugged(event) => devices.insert((event.devpath.clone(), event.number)),
-            What::Cgroup(id) => cgroups.insert(id.clone()),
-            What::State(place, None) => places.insert(place.path.clone()),
-            What::Lost => !std::mem::replace(&mut is_lost, true),
-            _ => true,
-        };
-        if counts {
-            kept.push(news);
-        }
-    }
-    kept.reverse();
-    kept
-}
 
 const KERNEL: u64 = 0;
 const UDEV: u64 = 1;
@@ -289,7 +237,7 @@ impl Watch {
             // Of what came while it started or ended, nobody may have told.
             self.tell(What::Lost);
         } else if !has_udevd && let Some(device) = udev::by_event(event) {
-            self.tell_at(at, What::Plugged(Box::new(device)));
+            self.tell_at(at, What::Plugged(Box::new(device), Vec::new()));
         }
         self.had_udevd = has_udevd;
     }
@@ -306,8 +254,8 @@ impl Watch {
                 }
                 Received::Empty => return Ok(()),
             };
-            if let Some(device) = device {
-                self.tell_at(at, What::Plugged(Box::new(device)));
+            if let Some((device, told)) = device {
+                self.tell_at(at, What::Plugged(Box::new(device), vec![told]));
             }
         }
         Ok(())
@@ -326,43 +274,5 @@ impl Watch {
                 self.tell(What::Lost);
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::core::plan::tests::device;
-
-    #[test]
-    fn of_what_has_happened_the_last_counts() {
-        let plugged = |minor| What::Plugged(Box::new(device("/dev/x", 189, minor)));
-        let unplugged = |minor| {
-            let device = device("/dev/x", 189, minor);
-            let (devpath, number, node) = (device.identity.devpath, device.number, device.node);
-            What::Unplugged(Uevent { action: Action::Remove, devpath, number, node, subsystem: "usb".into() })
-        };
-        let cgroup = |id: &str| What::Cgroup(id.into());
-        let all = [
-            plugged(4),
-            cgroup("a"),
-            unplugged(4),
-            What::Lost,
-            plugged(4),
-            cgroup("b"),
-            What::Exited(1),
-            unplugged(4),
-            plugged(5),
-            cgroup("a"),
-            What::Lost,
-            What::Exited(1),
-        ];
-        let at = Instant::now();
-        let kept = newest(all.into_iter().map(|what| News { at, what }).collect());
-        let kept: Vec<String> = kept.iter().map(|news| format!("{:?}", news.what)).collect();
-        // A device that came back with another number: the old one's removal is not forgotten.
-        let expected =
-            [cgroup("b"), What::Exited(1), unplugged(4), plugged(5), cgroup("a"), What::Lost, What::Exited(1)];
-        assert_eq!(kept, expected.map(|what| format!("{what:?}")));
     }
 }

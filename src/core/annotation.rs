@@ -18,6 +18,9 @@ pub const DEVICE_PREFIX: &str = "org.containers.qm.device.";
 pub const HOTPLUG_PREFIX: &str = "org.containers.qm.hotplug.";
 /// Written by the hook into the specification: the paths of the nodes that it added for selectors, as a JSON array.
 pub const AT_START: &str = "org.containers.qm.nodes-at-start";
+/// Whether libudev inside is shown what udev knows of granted devices: `false` for not at all, `true` also where the
+/// container runs systemd or a udevd of its own.
+pub const UDEV: &str = "org.containers.qm.udev";
 /// Asks for what belongs to the seat that is its value.
 pub const SEAT: &str = "org.containers.qm.wayland.seat";
 /// Asks for render nodes.
@@ -38,6 +41,11 @@ pub struct Ignored {
 /// are not ours.
 pub fn rule(key: &str, value: &str, categories: &Categories) -> Option<Result<Rule, Ignored>> {
     let name = key.strip_prefix(PREFIX).filter(|_| key != AT_START)?;
+    if key == UDEV {
+        let is_clear = matches!(value, "true" | "1" | "yes" | "false" | "0" | "no");
+        let reason = excerpt(&format!("'{value}' is neither true nor false"));
+        return (!is_clear).then(|| Err(Ignored { key: excerpt(key), reason, required: false }));
+    }
     if let Some(name) = key.strip_prefix(HOTPLUG_PREFIX) {
         // A selector that cannot be read may have been one without which the container must not start.
         let required = value.split([',', ';']).any(|item| item.trim() == "required");

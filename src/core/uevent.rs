@@ -78,9 +78,20 @@ pub fn parse(message: &[u8]) -> Option<Uevent> {
 const UDEV_HEADER: usize = 40;
 const UDEV_MAGIC: u32 = 0xfeed_cafe;
 
-/// Reads a message of udev's: what happened, and the device's directory below `/sys`. The rest is not read, since
-/// whoever may send to that group can write what he likes: what a device is, sysfs tells.
-pub fn parse_udev(message: &[u8]) -> Option<(Action, &str)> {
+/// A message of udev's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UdevMessage<'a> {
+    /// What happened.
+    pub action: &'a str,
+    /// The device's directory below `/sys`.
+    pub devpath: &'a str,
+    /// The number of the event; 0 where there is none.
+    pub sequence: u64,
+}
+
+/// Reads a message of udev's: what happened, and to which device. The rest is not read, since whoever may send to that
+/// group can write what he likes: what a device is, sysfs tells.
+pub fn parse_udev(message: &[u8]) -> Option<UdevMessage<'_>> {
     let field = |at: usize| Some(<[u8; 4]>::try_from(message.get(at..at + 4)?).expect("four bytes"));
     let is_header = message.len() >= UDEV_HEADER && message.starts_with(b"libudev\0");
     if !is_header || u32::from_be_bytes(field(8)?) != UDEV_MAGIC {
@@ -88,15 +99,16 @@ pub fn parse_udev(message: &[u8]) -> Option<(Action, &str)> {
     }
     let (start, length) = (u32::from_ne_bytes(field(16)?) as usize, u32::from_ne_bytes(field(20)?) as usize);
     let text = message.get(start..start.checked_add(length)?)?;
-    let (mut action, mut devpath) = (None, None);
+    let (mut action, mut devpath, mut sequence) = (None, None, 0);
     for (key, value) in properties(text) {
         match key {
-            "ACTION" => action = Some(Action::named(value)),
+            "ACTION" => action = Some(value),
             "DEVPATH" => devpath = Some(value),
+            "SEQNUM" => sequence = value.parse().unwrap_or(0),
             _ => {}
         }
     }
-    Some((action?, plain(devpath?)?))
+    Some(UdevMessage { action: action?, devpath: plain(devpath?)?, sequence })
 }
 
 /// The pairs, each ended by NUL. What is not UTF-8 is passed over.
@@ -154,10 +166,12 @@ mod tests {
 
     #[test]
     fn udevs_messages_name_a_device() {
-        let message = of_udev(b"ACTION=add\0DEVPATH=/devices/x/tty/ttyUSB0\0MAJOR=1\0ID_MODEL=\xff\0");
-        assert_eq!(parse_udev(&message), Some((Action::Add, "/devices/x/tty/ttyUSB0")));
+        let message = of_udev(b"ACTION=add\0DEVPATH=/devices/x/tty/ttyUSB0\0SEQNUM=7\0MAJOR=1\0ID_MODEL=\xff\0");
+        let expected = UdevMessage { action: "add", devpath: "/devices/x/tty/ttyUSB0", sequence: 7 };
+        assert_eq!(parse_udev(&message), Some(expected));
         let long = [&b"DEVPATH=/devices/x\0"[..], &b"A=b\0".repeat(5000), b"ACTION=remove\0"].concat();
-        assert_eq!(parse_udev(&of_udev(&long)), Some((Action::Remove, "/devices/x")), "{} bytes", long.len());
+        let expected = UdevMessage { action: "remove", devpath: "/devices/x", sequence: 0 };
+        assert_eq!(parse_udev(&of_udev(&long)), Some(expected), "{} bytes", long.len());
         assert_eq!(parse_udev(&message[..message.len() - 1]), None, "cut");
         for bad in [&b"ACTION=add\0"[..], b"ACTION=add\0DEVPATH=x\0", b"ACTION=add\0DEVPATH=/a/../../etc\0"] {
             assert_eq!(parse_udev(&of_udev(bad)), None);

@@ -5,11 +5,13 @@ pub mod explain;
 mod files;
 mod inspect;
 pub mod live;
+pub mod mirror;
 pub mod persist;
 mod rebuild;
 pub mod request;
 pub mod store;
 pub mod verify;
+mod view;
 mod withdrawal;
 
 use std::path::Path;
@@ -19,6 +21,7 @@ use crate::core::ledger::{Entry, Grant, Holder, Node, Origin, Placement};
 use crate::core::plan::{Change, Step};
 use crate::error::{Error, Result};
 use crate::failpoint::reached;
+use crate::ops::mirror::Mirrors;
 use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
 use crate::sys::cgroup::{Cgroup, CgroupRoot};
@@ -42,6 +45,7 @@ pub struct Executor {
     /// What was attached for good.
     pub persisted: Persisted,
     filter: Option<DeviceFilter>,
+    mirrors: Mirrors,
 }
 
 impl Executor {
@@ -52,7 +56,11 @@ impl Executor {
         let cgroups = CgroupRoot::find()?;
         let host = Host::observe()?;
         let ledger = Store::open(Path::new(RUN_DIRECTORY))?;
-        Ok(ledger.map(|ledger| Executor { cgroups, host, ledger, persisted: Persisted::take_over(), filter: None }))
+        let executor = |ledger| {
+            let (persisted, mirrors) = (Persisted::take_over(), Mirrors::load());
+            Executor { cgroups, host, ledger, persisted, filter: None, mirrors }
+        };
+        Ok(ledger.map(executor))
     }
 
     /// The device filter, loaded and attached if it is not yet.
@@ -278,6 +286,7 @@ impl Executor {
                 result = result.and(Err(error));
             }
         }
+        self.hide_all();
         result.and(self.restore_all())
     }
 

@@ -121,7 +121,7 @@ impl Executor {
 }
 
 /// The directories that may have been made for a node: those in `/dev`, which a runtime fills. They go when they are empty.
-fn directories(path: &str) -> Vec<String> {
+pub(super) fn directories(path: &str) -> Vec<String> {
     let ends = path.match_indices('/').map(|(at, _)| at);
     ends.map(|end| path[..end].to_owned()).filter(|directory| directory.starts_with("/dev/")).collect()
 }

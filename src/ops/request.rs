@@ -7,6 +7,7 @@ use crate::core::destination;
 use crate::core::device::Device;
 use crate::core::facts::Facts;
 use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin};
+use crate::core::mirror::Wish;
 use crate::core::plan::Change;
 use crate::core::protocol::{Attach, Detach, GrantInfo, List, Persist, StatusInfo};
 use crate::core::selection::{Group, Options};
@@ -98,7 +99,11 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
         None => None,
     };
     match executor.carry_out(&Change::Add(grant.clone())) {
-        Ok(placement) => Ok(GrantInfo::from(&Entry { grant, placement, left_over: None })),
+        Ok(placement) => {
+            let concern = (grant.holder.clone(), grant.device.clone());
+            executor.mirror(&[concern], &[], |_| Wish::of(container.annotations()));
+            Ok(GrantInfo::from(&Entry { grant, placement, left_over: None }))
+        }
         Err(first) => {
             if let Some(before) = before
                 && let Err(error) = executor.persisted.put(before)
@@ -209,7 +214,9 @@ pub fn detach(
         if entry.grant.at_start && matches!(entry.grant.origin, Origin::Rule(_)) {
             executor.withdraw(&entry.grant.holder, number)?;
         }
+        let concern = (entry.grant.holder.clone(), entry.grant.device.clone());
         executor.carry_out(&Change::Remove { entry, unplugged: true })?;
+        executor.mirror(&[concern], &[], |_| Wish::Usual);
         // The right counts at open(2): what is open already stays usable.
         let holders = holders_of(&executor.cgroups.processes_below(&cgroup), number);
         info.note = (!holders.is_empty()).then(|| format!("still open in {}", holders.join(", ")));

@@ -15,7 +15,7 @@ use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::config;
-use crate::core::annotation::{AT_START, HOTPLUG_PREFIX, PREFIX, obstacle};
+use crate::core::annotation::{AT_START, HOTPLUG_PREFIX, PREFIX, UDEV, obstacle};
 use crate::core::spec;
 use crate::error::{Error, Result};
 use crate::precreate::discovery::Discovery;
@@ -55,7 +55,7 @@ pub static WAYLAND_CLIENT: Hook = Hook {
 
 impl Hook {
     fn takes(&self, key: &str) -> bool {
-        let rest = key.strip_prefix(PREFIX).filter(|_| key != AT_START);
+        let rest = key.strip_prefix(PREFIX).filter(|_| ![AT_START, UDEV].contains(&key));
         rest.is_some_and(|rest| rest.starts_with("wayland-client.") == self.of_wayland_clients)
     }
 

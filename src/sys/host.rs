@@ -15,6 +15,8 @@ const INITIAL: [(&str, u64, &str); 3] = [
 pub struct Host {
     /// Device number of the file system that is the host's `/dev`.
     pub dev_fs: u64,
+    /// Device number and inode of the host's `/run`.
+    pub run: (u64, u64),
     /// Device number and inode of the host's root directory.
     pub root: (u64, u64),
 }
@@ -23,8 +25,8 @@ impl Host {
     /// Reads them.
     pub fn observe() -> Result<Host> {
         let stat = |path: &str| rustix::fs::stat(path).map_err(Error::host(format!("stat {path}")));
-        let root = stat("/")?;
-        Ok(Host { dev_fs: stat("/dev")?.st_dev, root: (root.st_dev, root.st_ino) })
+        let (root, run) = (stat("/")?, stat("/run")?);
+        Ok(Host { dev_fs: stat("/dev")?.st_dev, run: (run.st_dev, run.st_ino), root: (root.st_dev, root.st_ino) })
     }
 }
 

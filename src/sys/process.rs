@@ -103,6 +103,12 @@ impl Process {
         program(self.pid).is_some_and(|its| program(pid) == Some(its))
     }
 
+    /// The name of its program file.
+    pub fn program(&self) -> Option<String> {
+        let path = std::fs::read_link(format!("/proc/{}/exe", self.pid)).ok()?;
+        Some(path.file_name()?.to_str()?.to_owned())
+    }
+
     /// The user whom it belongs to.
     pub fn owner(&self) -> std::io::Result<u32> {
         Ok(rustix::fs::stat(format!("/proc/{}", self.pid))?.st_uid)

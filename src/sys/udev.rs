@@ -1,13 +1,16 @@
 //! Devices as udev and sysfs know them, turned into owned values at once.
 
-use std::io;
+use std::collections::BTreeMap;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{lstat, stat};
 use udev::Enumerator;
 
 use crate::core::device::{Device, Identity, Kind, Number};
-use crate::core::uevent::{Action, Uevent, parse_udev};
+use crate::core::ledger::Granted;
+use crate::core::mirror::{ACTIONS, Description, RUN_UDEV, Told, record_name};
+use crate::core::uevent::{Uevent, parse_udev};
 use crate::error::{Error, Result};
 use crate::sys::node::{number_of, what_is};
 
@@ -92,17 +95,16 @@ pub fn by_event(event: &Uevent) -> Option<Device> {
     by_directory(&PathBuf::from(format!("/sys{}", event.devpath))).filter(|device| device.number == event.number)
 }
 
-/// The device that a message of udev's says is there or has changed, if it has a node. What it is, sysfs and udev's
-/// database tell, not the message.
-pub fn by_message(message: &[u8]) -> Option<Device> {
-    match parse_udev(message)? {
-        (Action::Remove, _) => None,
-        (_, devpath) => {
-            let device = udev::Device::from_syspath(Path::new(&format!("/sys{devpath}"))).ok()?;
-            // udevd writes its database before it tells; somebody else may have told.
-            owned(&device).filter(|_| !is_running() || device.is_initialized())
-        }
-    }
+/// The device that a message of udev's says is there or has changed, if it has a node, and what happened. What it is,
+/// sysfs and udev's database tell, not the message.
+pub fn by_message(message: &[u8]) -> Option<(Device, Told)> {
+    let message = parse_udev(message)?;
+    let action = ACTIONS.into_iter().find(|action| *action == message.action)?;
+    let device = udev::Device::from_syspath(Path::new(&format!("/sys{}", message.devpath))).ok()?;
+    // udevd writes its database before it tells; somebody else may have told.
+    let device = owned(&device).filter(|_| !is_running() || device.is_initialized())?;
+    // The kernel has counted no further, whatever somebody says.
+    Some((device, Told { action, sequence: message.sequence.min(sequence()) }))
 }
 
 /// The device whose directory this is, below `/sys`, if it has a node.
@@ -114,6 +116,36 @@ pub fn by_directory(path: &Path) -> Option<Device> {
 pub fn property(path: &Path, name: &str) -> Option<String> {
     let device = udev::Device::from_syspath(path).ok()?;
     Some(device.property_value(name)?.to_string_lossy().into_owned())
+}
+
+/// The longest entry of udev's database that is read, in bytes.
+const LONGEST_RECORD: u64 = 256 << 10;
+
+/// What the host knows of a device, for those in containers who ask libudev. `None` where it is not this very one any
+/// more.
+pub fn describe(device: &Granted) -> Option<Description> {
+    let directory = format!("/sys{}", device.identity.devpath);
+    let known = udev::Device::from_syspath(Path::new(&directory)).ok()?;
+    let record = std::fs::File::open(format!("{RUN_UDEV}/data/{}", record_name(device.number))).ok().and_then(|file| {
+        let mut text = String::new();
+        file.take(LONGEST_RECORD).read_to_string(&mut text).ok().map(|_| text)
+    });
+    let mut description = Description {
+        properties: properties(&known),
+        uevent: std::fs::read_to_string(format!("{directory}/uevent")).ok()?,
+        record,
+        links: Vec::new(),
+    };
+    // Several devices may claim a link; one has it.
+    let links = description.properties.get("DEVLINKS").map(|all| all.split_whitespace()).into_iter().flatten();
+    let is_its = |link: &&str| std::fs::canonicalize(link).is_ok_and(|node| node == Path::new(&device.node));
+    description.links = links.filter(|link| link.starts_with("/dev/")).filter(is_its).map(str::to_owned).collect();
+    is_present(&device.identity).then_some(description)
+}
+
+/// How many events the kernel has sent.
+pub fn sequence() -> u64 {
+    std::fs::read_to_string("/sys/kernel/uevent_seqnum").ok().and_then(|text| text.trim().parse().ok()).unwrap_or(1)
 }
 
 /// Whether this very device is still plugged in.
@@ -145,7 +177,6 @@ fn owned(device: &udev::Device) -> Option<Device> {
     let kind = if subsystem == "block" { Kind::Block } else { Kind::Char };
     let number = Number { kind, major: rustix::fs::major(devnum), minor: rustix::fs::minor(devnum) };
     let stat = lstat(&node).ok().filter(|stat| number_of(stat) == Some(number))?;
-    let text = |value: &std::ffi::OsStr| value.to_string_lossy().into_owned();
     Some(Device {
         number,
         identity: identity(device.devpath().to_str()?)?,
@@ -154,6 +185,11 @@ fn owned(device: &udev::Device) -> Option<Device> {
         uid: stat.st_uid,
         gid: stat.st_gid,
         mode: stat.st_mode & 0o777,
-        properties: device.properties().map(|entry| (text(entry.name()), text(entry.value()))).collect(),
+        properties: properties(device),
     })
+}
+
+fn properties(device: &udev::Device) -> BTreeMap<String, String> {
+    let text = |value: &std::ffi::OsStr| value.to_string_lossy().into_owned();
+    device.properties().map(|entry| (text(entry.name()), text(entry.value()))).collect()
 }

@@ -17,6 +17,7 @@ mod host_dev;
 mod hotplug;
 #[cfg(feature = "fail-points")]
 mod killed;
+mod mirror;
 mod monitor;
 mod operation;
 mod persist;
@@ -54,6 +55,7 @@ fn main() {
         detach::CASES,
         host_dev::CASES,
         hotplug::CASES,
+        mirror::CASES,
         agent::CASES,
         agent_restart::CASES,
         adoption::CASES,

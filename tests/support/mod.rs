@@ -3,6 +3,7 @@
 
 pub mod crowd;
 pub mod podman;
+pub mod udev;
 
 use std::fs::File;
 use std::io::Read;

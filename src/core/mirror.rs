@@ -1,0 +1,179 @@
+//! What libudev in a container is shown of a device: an entry of udev's database, links, and messages.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::core::annotation::UDEV;
+use crate::core::device::{Kind, Number};
+use crate::core::ledger::Granted;
+
+/// Where udev's database is, on the host as inside.
+pub const RUN_UDEV: &str = "/run/udev";
+
+/// Whether a container is shown what udev knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// Unless it runs systemd, or a udevd of its own.
+    Usual,
+    /// In any case.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+impl Wish {
+    /// From the value of the annotation [`UDEV`]. One that cannot be read says nothing.
+    pub fn of<'a>(mut annotations: impl Iterator<Item = (&'a str, &'a str)>) -> Wish {
+        match annotations.find(|(key, _)| *key == UDEV).map(|(_, value)| value) {
+            Some("true" | "1" | "yes") => Wish::Always,
+            Some("false" | "0" | "no") => Wish::Never,
+            _ => Wish::Usual,
+        }
+    }
+}
+
+/// What the host knows of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Description {
+    /// All properties, as libudev gives them.
+    pub properties: BTreeMap<String, String>,
+    /// The kernel's own, as they stand in the device's file `uevent` below `/sys`.
+    pub uevent: String,
+    /// Its entry in udev's database; `None` where no udevd has made one.
+    pub record: Option<String>,
+    /// Links below `/dev` that lead to its node on the host.
+    pub links: Vec<String>,
+}
+
+/// A device as it is shown to a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shown {
+    /// Which one.
+    pub device: Granted,
+    /// The path of its node inside: links lead there.
+    pub node: String,
+    /// What is told of it.
+    pub description: Description,
+}
+
+/// The name of a device's entry in udev's database (systemd's sd-device.c): `c188:0`, `b8:16`.
+pub fn record_name(number: Number) -> String {
+    format!("{}{}:{}", number.kind.letter(), number.major, number.minor)
+}
+
+/// The tags in an entry of udev's database. Each is the name of a directory there.
+pub fn tags(record: &str) -> impl Iterator<Item = &str> {
+    let tags = record.lines().filter_map(|line| line.strip_prefix("G:"));
+    tags.filter(|tag| !tag.is_empty() && !tag.contains('/') && !tag.starts_with('.'))
+}
+
+impl Shown {
+    /// Each link with what it has in it, where it is at another place than a node of the container's.
+    pub fn links(&self) -> impl Iterator<Item = (&str, String)> {
+        let links = self.description.links.iter().filter(|link| **link != self.node);
+        links.filter_map(|link| Some((link.as_str(), relative(link, &self.node)?)))
+    }
+
+    /// udev's message: what happened, and all that is known of the device.
+    pub fn properties<'a>(
+        &'a self,
+        action: &'a str,
+        sequence: &'a str,
+    ) -> impl Iterator<Item = (&'a str, &'a str)> + Clone {
+        let Granted { number, identity, .. } = &self.device;
+        let known = &self.description.properties;
+        let own = [("ACTION", action), ("DEVPATH", &*identity.devpath), ("SEQNUM", sequence)];
+        // libudev drops what has none of these.
+        let subsystem = if number.kind == Kind::Block { "block" } else { "unknown" };
+        let needed = (!known.contains_key("SUBSYSTEM")).then_some(("SUBSYSTEM", subsystem));
+        let others = known.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+        let others = others.filter(|(key, _)| !matches!(*key, "ACTION" | "DEVPATH" | "SEQNUM"));
+        own.into_iter().chain(needed).chain(others)
+    }
+
+    /// The kernel's own message, without what comes first and last.
+    pub fn kernels(&self) -> impl Iterator<Item = (&str, &str)> + Clone {
+        let subsystem = self.description.properties.get("SUBSYSTEM").map(|name| ("SUBSYSTEM", name.as_str()));
+        let lines = self.description.uevent.lines().filter_map(|line| line.split_once('='));
+        subsystem.into_iter().chain(lines)
+    }
+}
+
+/// The way from a link to a path, both absolute, as udev writes it: `/dev/serial/by-id/x` → `/dev/ttyUSB0` is
+/// `../../ttyUSB0`. `None` where one of them has no name.
+fn relative(link: &str, target: &str) -> Option<String> {
+    let parts = |path: &str| path.split('/').filter(|part| !part.is_empty()).map(str::to_owned).collect::<Vec<_>>();
+    let (link, target) = (parts(link), parts(target));
+    let directory = &link[..link.len().checked_sub(1)?];
+    let common = directory.iter().zip(&target).take_while(|(a, b)| a == b).count();
+    let up = std::iter::repeat_n("..".to_owned(), directory.len() - common);
+    (common < target.len()).then(|| up.chain(target[common..].iter().cloned()).collect::<Vec<_>>().join("/"))
+}
+
+/// The actions that udevd tells of (systemd's device-private.h), but for `remove`.
+pub const ACTIONS: [&str; 7] = ["add", "change", "move", "online", "offline", "bind", "unbind"];
+
+/// A message of udev's about a device that is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Told {
+    /// One of [`ACTIONS`].
+    pub action: &'static str,
+    /// The number of the event, counted by the kernel.
+    pub sequence: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::plan::tests::device;
+
+    fn shown(node: &str, links: &[&str]) -> Shown {
+        let device = device("/dev/ttyUSB0", 188, 0);
+        let links = links.iter().map(|link| (*link).to_owned()).collect();
+        let properties =
+            [("SUBSYSTEM", "tty"), ("ACTION", "x"), ("ID_MODEL", "m")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let uevent = "MAJOR=188\nMINOR=0\nDEVNAME=ttyUSB0\n".to_owned();
+        let description = Description { properties: properties.into(), uevent, record: None, links };
+        Shown { device: Granted::from(&device), node: node.into(), description }
+    }
+
+    #[test]
+    fn links_lead_to_the_node_inside() {
+        let links = ["/dev/serial/by-id/usb-x", "/dev/modem", "/dev/zigbee/stick"];
+        let of = |node: &str| shown(node, &links).links().map(|(_, to)| to).collect::<Vec<_>>();
+        assert_eq!(of("/dev/ttyUSB0"), ["../../ttyUSB0", "ttyUSB0", "../ttyUSB0"]);
+        // A node at a link's place has no link there.
+        assert_eq!(of("/dev/zigbee/stick"), ["../../zigbee/stick", "zigbee/stick"]);
+        assert_eq!(of("/opt/stick"), ["../../../opt/stick", "../opt/stick", "../../opt/stick"]);
+    }
+
+    #[test]
+    fn a_message_has_what_libudev_needs_once() {
+        let shown = shown("/dev/ttyUSB0", &[]);
+        let all: Vec<_> = shown.properties("remove", "12").collect();
+        let devpath = shown.device.identity.devpath.as_str();
+        let expected =
+            [("ACTION", "remove"), ("DEVPATH", devpath), ("SEQNUM", "12"), ("ID_MODEL", "m"), ("SUBSYSTEM", "tty")];
+        assert_eq!(all, expected);
+        let kernels: Vec<_> = shown.kernels().collect();
+        assert_eq!(kernels, [("SUBSYSTEM", "tty"), ("MAJOR", "188"), ("MINOR", "0"), ("DEVNAME", "ttyUSB0")]);
+    }
+
+    #[test]
+    fn tags_are_names_of_files() {
+        assert_eq!(
+            tags("I:1\nG:systemd\nE:G:x\nG:../a\nG:seat\nQ:seat\nG:\nG:.\n").collect::<Vec<_>>(),
+            ["systemd", "seat"]
+        );
+    }
+
+    #[test]
+    fn wishes() {
+        let of = |value: &'static str| Wish::of([("a", "b"), (UDEV, value)].into_iter());
+        assert_eq!(
+            (of("true"), of("no"), of("maybe"), Wish::of([].into_iter())),
+            (Wish::Always, Wish::Never, Wish::Usual, Wish::Usual)
+        );
+    }
+}

@@ -1,0 +1,374 @@
+//! What libudev in containers is shown and told of: the devices that they have grants of, after their nodes are there.
+//!
+//! What is shown follows the ledger, and is compared with it wherever that changed. Nothing of it is a right, so a failure
+//! is logged and stops nothing.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+use crate::core::device::Identity;
+use crate::core::ledger::{Entry, Granted, Holder, Node};
+use crate::core::mirror::{Description, RUN_UDEV, Shown, Told, Wish, record_name};
+use crate::core::udev_message::{of_kernel, of_udev};
+use crate::error::{Error, Result};
+use crate::ops::rebuild::directories;
+use crate::ops::view::{View, Whose};
+use crate::ops::{Executor, node_error};
+use crate::sys::mount::{At, detached, id_of, show};
+use crate::sys::namespace::inside;
+use crate::sys::network::{self, Message, NetworkId};
+use crate::sys::node;
+use crate::sys::process::{Process, is_gone};
+use crate::sys::udev;
+
+/// Where a container is seen to run systemd, or a udevd of its own.
+const OF_ITS_OWN: [&str; 2] = ["/run/systemd/system", "control"];
+
+/// A device of a container, of which something may have changed.
+pub type Concern = (Holder, Granted);
+
+/// What one run of a container is shown.
+struct Mirror {
+    view: View,
+    whose: Whose,
+    /// By the names of the database's entries.
+    shown: BTreeMap<String, Shown>,
+    /// The last event that those inside were told of each.
+    told: BTreeMap<String, u64>,
+}
+
+impl Mirror {
+    fn has_ended(&self) -> bool {
+        is_gone(self.whose.holder.pid, self.whose.holder.start_time)
+    }
+}
+
+/// What all containers are shown, by their ids.
+#[derive(Default)]
+pub(super) struct Mirrors {
+    all: HashMap<String, Mirror>,
+}
+
+impl Mirrors {
+    /// As it was written down.
+    pub(super) fn load() -> Mirrors {
+        let mut all = HashMap::new();
+        for (view, whose) in View::claimed() {
+            if is_gone(whose.holder.pid, whose.holder.start_time) {
+                view.remove();
+            } else {
+                let (shown, now) = (view.shown(), udev::sequence());
+                let told = shown.keys().map(|name| (name.clone(), now)).collect();
+                all.insert(whose.holder.id.clone(), Mirror { view, whose, shown, told });
+            }
+        }
+        Mirrors { all }
+    }
+
+    /// Whether anybody in this network namespace is shown that device.
+    fn are_told(&self, network: NetworkId, name: &str, identity: &Identity) -> bool {
+        let is_shown = |mirror: &Mirror| mirror.shown.get(name).is_some_and(|shown| shown.device.identity == *identity);
+        self.all.values().any(|mirror| mirror.whose.network == Some(network) && is_shown(mirror))
+    }
+}
+
+impl Executor {
+    /// Makes what containers are shown of these devices follow the ledger. `told` is what udevd has just told of them.
+    pub fn mirror(&mut self, concerns: &[Concern], told: &[Told], wish: impl Fn(&Holder) -> Wish) {
+        // A number that changes hands is gone before it is there.
+        for (holder, device) in concerns {
+            let name = record_name(device.number);
+            let is_it = |shown: &Shown| shown.device.identity == device.identity;
+            let is_shown = self.shown(holder, &name).is_some_and(is_it);
+            if is_shown && self.node_of(holder, device).is_none() {
+                self.hide(holder, &name);
+            }
+        }
+        let (mut descriptions, mut done) = (HashMap::new(), HashSet::new());
+        let mut relayed = BTreeSet::new();
+        for (holder, device) in concerns {
+            if !done.insert((&holder.id, &device.identity)) {
+                continue;
+            }
+            let Some(node) = self.node_of(holder, device) else { continue };
+            let describe = || udev::describe(device);
+            let known: &Option<Description> = descriptions.entry(&device.identity).or_insert_with(describe);
+            let Some(description) = known.clone() else { continue };
+            let shown = Shown { device: device.clone(), node, description };
+            if self.prepare(holder, wish(holder)) {
+                self.reveal(holder, shown, told, &mut relayed);
+            }
+        }
+    }
+
+    /// The same for all that is in the ledger or shown, after a start or lost events. Those who run no more are forgotten.
+    pub fn mirror_all(&mut self, wish: impl Fn(&Holder) -> Wish) {
+        let ended = self.mirrors.all.iter().filter(|(_, mirror)| mirror.has_ended()).map(|(id, _)| id.clone());
+        let ended: Vec<String> = ended.collect();
+        ended.iter().for_each(|id| self.unmirror(id));
+        let shown =
+            self.mirrors.all.values().flat_map(|mirror| {
+                mirror.shown.values().map(|shown| (mirror.whose.holder.clone(), shown.device.clone()))
+            });
+        let granted = self.ledger.entries().map(|entry| (entry.grant.holder.clone(), entry.grant.device.clone()));
+        let concerns: Vec<Concern> = shown.chain(granted).collect();
+        self.mirror(&concerns, &[], wish);
+        View::sweep();
+    }
+
+    /// A container ended: what it was shown went with it, unless it runs again already.
+    pub fn unmirror_ended(&mut self, id: &str) {
+        if self.mirrors.all.get(id).is_some_and(Mirror::has_ended) {
+            self.unmirror(id);
+        }
+    }
+
+    fn unmirror(&mut self, id: &str) {
+        if let Some(mirror) = self.mirrors.all.remove(id) {
+            mirror.view.remove();
+        }
+    }
+
+    /// Takes back all that is shown.
+    pub(super) fn hide_all(&mut self) {
+        let ids: Vec<String> = self.mirrors.all.keys().cloned().collect();
+        for id in ids {
+            let mirror = &self.mirrors.all[&id];
+            let (holder, names) = (mirror.whose.holder.clone(), mirror.shown.keys().cloned().collect::<Vec<_>>());
+            names.iter().for_each(|name| self.hide(&holder, name));
+            self.unmirror(&id);
+        }
+    }
+
+    fn shown(&self, holder: &Holder, name: &str) -> Option<&Shown> {
+        let mirror = self.mirrors.all.get(&holder.id).filter(|mirror| mirror.whose.holder.is_same_run(holder));
+        mirror.and_then(|mirror| mirror.shown.get(name))
+    }
+
+    /// The path of the container's node of a device, if it has one: the host's, or else the first.
+    fn node_of(&self, holder: &Holder, device: &Granted) -> Option<String> {
+        let is_its = |entry: &&Entry| {
+            let grant = &entry.grant;
+            let is_node = grant.node.link_to.is_none() && grant.device.identity == device.identity;
+            is_node && grant.holder.is_same_run(holder) && entry.is_settled()
+        };
+        let paths: BTreeSet<&str> =
+            self.ledger.of(&holder.id).filter(is_its).map(|entry| entry.grant.node.path.as_str()).collect();
+        let of_host = paths.get(device.node.as_str());
+        of_host.or(paths.first()).map(|path| (*path).to_owned())
+    }
+
+    /// Lets the container see a view of udev's database, empty at first, if it is to. Says whether it is.
+    pub fn prepare(&mut self, holder: &Holder, wish: Wish) -> bool {
+        if self.mirrors.all.get(&holder.id).is_some_and(|mirror| mirror.whose.holder.is_same_run(holder)) {
+            return true;
+        }
+        self.unmirror(&holder.id);
+        if wish == Wish::Never {
+            return false;
+        }
+        match self.make_mirror(holder, wish) {
+            Ok(mirror) => drop(self.mirrors.all.insert(holder.id.clone(), mirror)),
+            Err(Error::ContainerExited(_)) => return false,
+            Err(error) => {
+                tracing::warn!(container = holder.label(), "libudev inside is told of nothing: {}", error.chain());
+                return false;
+            }
+        }
+        true
+    }
+
+    fn make_mirror(&self, holder: &Holder, wish: Wish) -> Result<Mirror> {
+        let process = Process::open_same(holder.pid, holder.start_time)
+            .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+        let at_network = |error| Error::host::<std::io::Error>("look at a network namespace")(error);
+        let (network, ours) = (network::of(&process).map_err(at_network)?, network::own().map_err(at_network)?);
+        let new = View::create(&holder.id, holder.start_time)?;
+        let mut views = View::unclaimed(&holder.id);
+        let at = match self.show_view(holder, &process, &new, &views, wish) {
+            Ok(at) => Some(at),
+            Err(Error::ContainerExited(label)) => {
+                new.remove();
+                return Err(Error::ContainerExited(label));
+            }
+            Err(error) => {
+                tracing::warn!(container = holder.label(), "{RUN_UDEV} is not shown: {}", error.chain());
+                None
+            }
+        };
+        let is_at = |view: &View| matches!(at, Some(At::Ours(id)) if view.id().is_ok_and(|its| its == id));
+        let view = match views.iter().position(|view| view.path() != new.path() && is_at(view)) {
+            Some(at) => {
+                new.remove();
+                views.swap_remove(at)
+            }
+            None => new,
+        };
+        let whose = Whose {
+            holder: holder.clone(),
+            network: (network != ours).then_some(network),
+            has_udevd: at == Some(At::Own),
+            sees_view: matches!(at, Some(At::Ours(_))),
+        };
+        view.claim(&whose).map_err(Error::host(format!("write to {}", view.path().display())))?;
+        Ok(Mirror { view, whose, shown: BTreeMap::new(), told: BTreeMap::new() })
+    }
+
+    fn show_view(&self, holder: &Holder, process: &Process, new: &View, others: &[View], wish: Wish) -> Result<At> {
+        let runs_systemd = process.program().is_some_and(|name| name == "systemd");
+        if wish == Wish::Usual && runs_systemd {
+            return Ok(At::Own);
+        }
+        let failed = |error| Error::host::<std::io::Error>(format!("clone {}", new.path().display()))(error);
+        let ours =
+            others.iter().filter_map(|view| view.id().ok()).chain([new.id().map_err(failed)?]).collect::<Vec<_>>();
+        let hosts = id_of(RUN_UDEV.as_ref()).ok();
+        let detached = detached(&new.path()).map_err(failed)?;
+        let keeps = if wish == Wish::Always { &[][..] } else { &OF_ITS_OWN };
+        let keeps: Vec<&'static str> = keeps.to_vec();
+        inside(holder.label(), process, self.host, move |inside| {
+            show(inside, &detached, RUN_UDEV, (&ours, hosts), &keeps)
+        })?
+        .map_err(|error| node_error(holder, error))
+    }
+
+    /// Shows a device, or what is new about it, and tells of it.
+    fn reveal(&mut self, holder: &Holder, new: Shown, told: &[Told], relayed: &mut BTreeSet<(NetworkId, String)>) {
+        let name = record_name(new.device.number);
+        if self.shown(holder, &name).is_some_and(|old| old.device.identity != new.device.identity) {
+            self.hide(holder, &name);
+        }
+        let old = self.shown(holder, &name).cloned();
+        let Some(mirror) = self.mirrors.all.get_mut(&holder.id) else { return };
+        // What was on its way when the device was shown is known to those inside.
+        let last = mirror.told.get(&name).copied().unwrap_or(0);
+        let told: Vec<Told> = told.iter().filter(|told| told.sequence > last).copied().collect();
+        if old.as_ref() == Some(&new) && told.is_empty() {
+            return;
+        }
+        let latest = told.iter().map(|told| told.sequence).max();
+        let latest = latest.unwrap_or_else(|| if old.is_none() { udev::sequence() } else { last });
+        mirror.told.insert(name.clone(), latest);
+        let network = mirror.whose.network;
+        let is_first = network.is_some_and(|network| !self.mirrors.are_told(network, &name, &new.device.identity));
+        if old.as_ref() != Some(&new)
+            && let Err(error) = self.write(holder, &name, old.as_ref(), &new)
+        {
+            tracing::warn!(
+                container = holder.label(),
+                "libudev inside is not shown {}: {}",
+                new.device.node,
+                error.chain()
+            );
+        }
+        let Some(network) = network else { return };
+        // Those who listen to the namespace of several containers hear each event once.
+        let is_relayed = !relayed.insert((network, name));
+        let current = || Told { action: "change", sequence: udev::sequence() };
+        let actions = match (&old, &*told) {
+            (None, _) if is_first => {
+                let sequence =
+                    told.iter().find(|told| told.action == "add").map_or_else(udev::sequence, |it| it.sequence);
+                let others = told.iter().filter(|told| told.action != "add").copied();
+                [Told { action: "add", sequence }].into_iter().chain(others).collect()
+            }
+            (None, _) => Vec::new(),
+            _ if is_relayed => Vec::new(),
+            (Some(old), []) if old.description == new.description => Vec::new(),
+            (Some(_), []) => vec![current()],
+            (Some(_), told) => told.to_vec(),
+        };
+        self.tell(holder, &new, &actions.iter().map(|told| (told.action, told.sequence)).collect::<Vec<_>>());
+    }
+
+    fn write(&mut self, holder: &Holder, name: &str, old: Option<&Shown>, new: &Shown) -> Result<()> {
+        let taken: HashSet<String> = self.ledger.of(&holder.id).map(|entry| entry.grant.node.path.clone()).collect();
+        let Some(mirror) = self.mirrors.all.get_mut(&holder.id) else { return Ok(()) };
+        let failed = |error| Error::host::<std::io::Error>(format!("write to {}", mirror.view.path().display()))(error);
+        mirror.view.note(name, new).map_err(failed)?;
+        mirror.shown.insert(name.to_owned(), new.clone());
+        if mirror.whose.sees_view {
+            mirror.view.write(name, new).map_err(failed)?;
+        }
+        if mirror.whose.has_udevd {
+            return Ok(());
+        }
+        let links = |shown: &Shown| shown.links().map(|(link, to)| (link.to_owned(), to)).collect::<BTreeSet<_>>();
+        let (before, after) = (old.map(links).unwrap_or_default(), links(new));
+        let gone = before.difference(&after).cloned().collect::<Vec<_>>();
+        let come = after.difference(&before).filter(|(link, _)| !taken.contains(link)).cloned().collect();
+        self.link(holder, new, gone, come)
+    }
+
+    /// Removes links to a device's node, and makes others.
+    fn link(
+        &self,
+        holder: &Holder,
+        shown: &Shown,
+        gone: Vec<(String, String)>,
+        come: Vec<(String, String)>,
+    ) -> Result<()> {
+        if gone.is_empty() && come.is_empty() {
+            return Ok(());
+        }
+        let process = Process::open_same(holder.pid, holder.start_time)
+            .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+        let number = shown.device.number;
+        let node = |(path, to): &(String, String)| Node { link_to: Some(to.clone()), ..Node::at(path) };
+        inside(holder.label(), &process, self.host, move |inside| {
+            let removed =
+                gone.iter().map(|link| node::remove(inside, number, &node(link), &directories(&link.0)).map(drop));
+            let removed = removed.fold(Ok(()), std::result::Result::and);
+            let made = come.iter().map(|link| node::make(inside, number, &node(link), false).map(drop));
+            made.fold(removed, std::result::Result::and)
+        })?
+        .map_err(|error| node_error(holder, error))
+    }
+
+    /// Shows a device no more.
+    fn hide(&mut self, holder: &Holder, name: &str) {
+        let Some(mirror) = self.mirrors.all.get_mut(&holder.id) else { return };
+        let Some(shown) = mirror.shown.remove(name) else { return };
+        mirror.told.remove(name);
+        let (view, network) = (&mirror.view, mirror.whose.network);
+        let struck = if mirror.whose.sees_view { view.strike(name) } else { Ok(()) };
+        let struck = struck.map_err(Error::host(format!("write to {}", view.path().display())));
+        let links = match mirror.whose.has_udevd {
+            true => Vec::new(),
+            false => shown.links().map(|(link, to)| (link.to_owned(), to)).collect(),
+        };
+        match struck.and(self.link(holder, &shown, links, Vec::new())) {
+            Ok(()) | Err(Error::ContainerExited(_)) => {}
+            Err(error) => {
+                tracing::warn!(container = holder.label(), "{} is still shown: {}", shown.device.node, error.chain())
+            }
+        }
+        if network.is_some_and(|network| !self.mirrors.are_told(network, name, &shown.device.identity)) {
+            self.tell(holder, &shown, &[("remove", udev::sequence())]);
+        }
+        if let Some(mirror) = self.mirrors.all.get(&holder.id)
+            && let Err(error) = mirror.view.forget(name)
+        {
+            tracing::warn!("cannot strike {name} from {}: {error}", mirror.view.path().display());
+        }
+    }
+
+    /// Tells those who listen in the container's network namespace.
+    fn tell(&self, holder: &Holder, shown: &Shown, actions: &[(&str, u64)]) {
+        let Some(mirror) = self.mirrors.all.get(&holder.id) else { return };
+        let (Some(network), false) = (mirror.whose.network, actions.is_empty()) else { return };
+        let Some(process) = Process::open_same(holder.pid, holder.start_time) else { return };
+        let has_udevd = mirror.whose.has_udevd;
+        let messages = actions.iter().flat_map(|(action, sequence)| {
+            let kernels = of_kernel(action, &shown.device.identity.devpath, shown.kernels());
+            let udevs = || of_udev(shown.properties(action, &sequence.to_string()));
+            [Some(Message::Kernel(kernels)), (!has_udevd).then(|| Message::Udev(udevs()))]
+        });
+        if let Err(error) = network::send(&process, network, messages.flatten().collect()) {
+            tracing::warn!(
+                container = holder.label(),
+                "those who listen inside are not told of {}: {error}",
+                shown.device.node
+            );
+        }
+    }
+}

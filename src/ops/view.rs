@@ -1,0 +1,234 @@
+//! A directory of the host's for one run of a container. In it, `view` is what the container sees as its `/run/udev`,
+//! read-only; beside that is written down what is shown there, so that the next process can take it back.
+//!
+//! ```text
+//! /run/qm-hotplug/udev/ID.TAG/holder.json          whose it is, once the container runs
+//!                            /shown/c188:0.json    a device that is shown
+//!                            /view/control         an empty file: where it is missing, libudev listens to nobody
+//!                                 /data/c188:0     udev's database
+//!                                 /tags/TAG/c188:0
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, mkdirat, openat, renameat, unlinkat};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::core::ledger::Holder;
+use crate::core::mirror::{Shown, tags};
+use crate::core::page::escaped;
+use crate::error::{Error, Result};
+use crate::failpoint::reached;
+use crate::ops::RUN_DIRECTORY;
+use crate::ops::files::{self, Durable};
+use crate::sys::mount::{DirectoryId, id_of};
+use crate::sys::network::NetworkId;
+
+/// How long a container may take from the hook to its start.
+const STARTING: Duration = Duration::from_secs(600);
+
+/// Whose a view is, and what is known of its run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Whose {
+    /// The run.
+    pub(super) holder: Holder,
+    /// Its network namespace; `None` where that is the host's.
+    pub(super) network: Option<NetworkId>,
+    /// Whether it has a udevd of its own, which tells those inside.
+    pub(super) has_udevd: bool,
+    /// Whether it sees the view.
+    pub(super) sees_view: bool,
+}
+
+/// The directory.
+#[derive(Debug)]
+pub(super) struct View {
+    directory: PathBuf,
+}
+
+fn all() -> PathBuf {
+    Path::new(RUN_DIRECTORY).join("udev")
+}
+
+impl View {
+    /// Makes one for the container with this id. `tag` tells it from that of another run.
+    pub(super) fn create(id: &str, tag: u64) -> Result<View> {
+        let directory = all().join(format!("{}.{tag}", escaped(id)));
+        let view = View { directory };
+        let make = || -> io::Result<()> {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&view.directory)?;
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(view.directory.join("shown"))?;
+            let directory = Mode::from_raw_mode(0o755);
+            // Whatever the umask is: those inside are other users.
+            let make = |name: &str| {
+                let path = view.path().join(name);
+                match mkdirat(CWD, &path, directory) {
+                    Ok(()) | Err(Errno::EXIST) => rustix::fs::chmod(&path, directory),
+                    Err(errno) => Err(errno),
+                }
+            };
+            ["", "data", "tags"].into_iter().try_for_each(make)?;
+            write_in(&open_directory(CWD, &view.path())?, "control", b"", 0o444)?;
+            Ok(())
+        };
+        make().map_err(Error::host(format!("make {}", view.directory.display())))?;
+        Ok(view)
+    }
+
+    /// All of the container with this id that are nobody's yet: the hook made them.
+    pub(super) fn unclaimed(id: &str) -> Vec<View> {
+        let start = format!("{}.", escaped(id));
+        let is_its = |view: &View| {
+            let name = view.directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            name.strip_prefix(&start).is_some_and(|tag| tag.bytes().all(|byte| byte.is_ascii_digit()))
+        };
+        listed().into_iter().filter(|view| view.whose().is_none()).filter(is_its).collect()
+    }
+
+    /// All that are somebody's.
+    pub(super) fn claimed() -> Vec<(View, Whose)> {
+        listed().into_iter().filter_map(|view| Some((view.whose()?, view))).map(|(whose, view)| (view, whose)).collect()
+    }
+
+    /// Removes those that the hook made for containers that did not start.
+    pub(super) fn sweep() {
+        let is_old = |view: &View| {
+            let made = fs::metadata(&view.directory).and_then(|stat| stat.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+            SystemTime::now().duration_since(made).is_ok_and(|age| age > STARTING)
+        };
+        listed().into_iter().filter(|view| view.whose().is_none()).filter(is_old).for_each(View::remove);
+    }
+
+    fn whose(&self) -> Option<Whose> {
+        serde_json::from_slice(&files::read(&self.directory.join("holder.json")).ok()?).ok()
+    }
+
+    /// Writes down whose it is.
+    pub(super) fn claim(&self, whose: &Whose) -> io::Result<()> {
+        let text = serde_json::to_vec(whose)?;
+        files::replace(&self.directory.join("holder.json"), &text, Durable::No, || {})
+    }
+
+    /// The directory that the container sees.
+    pub(super) fn path(&self) -> PathBuf {
+        self.directory.join("view")
+    }
+
+    /// What tells that directory from others.
+    pub(super) fn id(&self) -> io::Result<DirectoryId> {
+        id_of(&self.path())
+    }
+
+    /// What is shown, by the names of the entries.
+    pub(super) fn shown(&self) -> BTreeMap<String, Shown> {
+        let read = |path: PathBuf| {
+            let shown = serde_json::from_slice(&files::read(&path).ok()?).ok()?;
+            Some((path.file_stem()?.to_str()?.to_owned(), shown))
+        };
+        files::with_extension(&self.directory.join("shown"), "json").into_iter().filter_map(read).collect()
+    }
+
+    /// Writes down that a device is shown, before it is.
+    pub(super) fn note(&self, name: &str, shown: &Shown) -> io::Result<()> {
+        let path = self.directory.join("shown").join(format!("{name}.json"));
+        files::replace(&path, &serde_json::to_vec(shown)?, Durable::No, || {})?;
+        reached("mirror: a device is noted");
+        Ok(())
+    }
+
+    /// Makes the database's entry what it is on the host.
+    pub(super) fn write(&self, name: &str, shown: &Shown) -> io::Result<()> {
+        let view = open_directory(CWD, &self.path())?;
+        let record = shown.description.record.as_deref();
+        let kept: Vec<&str> = record.map(|record| tags(record).collect()).unwrap_or_default();
+        let all = open_directory(&view, Path::new("tags"))?;
+        untag(&all, name, &kept)?;
+        let Some(record) = record else { return forget(&open_directory(&view, Path::new("data"))?, name) };
+        write_in(&open_directory(&view, Path::new("data"))?, name, record.as_bytes(), 0o644)?;
+        reached("mirror: an entry is written");
+        for tag in kept {
+            match mkdirat(&all, tag, Mode::from_raw_mode(0o755)) {
+                Ok(()) => rustix::fs::chmodat(&all, tag, Mode::from_raw_mode(0o755), AtFlags::empty())?,
+                Err(Errno::EXIST) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            write_in(&open_directory(&all, Path::new(tag))?, name, b"", 0o444)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the database's entry.
+    pub(super) fn strike(&self, name: &str) -> io::Result<()> {
+        let view = open_directory(CWD, &self.path())?;
+        untag(&open_directory(&view, Path::new("tags"))?, name, &[])?;
+        forget(&open_directory(&view, Path::new("data"))?, name)?;
+        reached("mirror: an entry is removed");
+        Ok(())
+    }
+
+    /// Strikes out that a device is shown.
+    pub(super) fn forget(&self, name: &str) -> io::Result<()> {
+        files::remove(&self.directory.join("shown").join(format!("{name}.json")))
+    }
+
+    /// Removes it, with all that it shows.
+    pub(super) fn remove(self) {
+        if let Err(error) = fs::remove_dir_all(&self.directory) {
+            tracing::debug!("cannot remove {}: {error}", self.directory.display());
+        }
+    }
+}
+
+fn listed() -> Vec<View> {
+    let entries = fs::read_dir(all()).into_iter().flatten().flatten();
+    entries.map(|entry| View { directory: entry.path() }).collect()
+}
+
+/// A container with CAP_SYS_ADMIN could make its view writable and put links there: none is followed.
+fn open_directory(at: impl std::os::fd::AsFd, path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(openat(at, path, flags, Mode::empty())?)
+}
+
+/// Writes a file under another name first: who reads it has it whole.
+fn write_in(directory: &OwnedFd, name: &str, text: &[u8], mode: u32) -> io::Result<()> {
+    let temporary = format!(".#{name}");
+    forget(directory, &temporary)?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mode = Mode::from_raw_mode(mode);
+    let mut file = fs::File::from(openat(directory, &*temporary, flags, mode)?);
+    rustix::fs::fchmod(&file, mode)?;
+    file.write_all(text)?;
+    Ok(renameat(directory, &*temporary, directory, name)?)
+}
+
+fn forget(directory: &OwnedFd, name: &str) -> io::Result<()> {
+    match unlinkat(directory, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Takes a device out of all tags but these.
+fn untag(all: &OwnedFd, name: &str, kept: &[&str]) -> io::Result<()> {
+    for entry in Dir::read_from(all)? {
+        let entry = entry?;
+        let Ok(tag) = entry.file_name().to_str() else { continue };
+        if tag.starts_with('.') || kept.contains(&tag) {
+            continue;
+        }
+        if let Ok(directory) = open_directory(all, Path::new(tag)) {
+            forget(&directory, name)?;
+            // Only an empty one goes.
+            let _ = unlinkat(all, tag, AtFlags::REMOVEDIR);
+        }
+    }
+    Ok(())
+}
