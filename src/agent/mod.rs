@@ -20,10 +20,10 @@ use tokio::task::{JoinSet, LocalSet};
 use tokio::time::timeout;
 
 use crate::agent::api::Call;
+use crate::agent::news::{News, What};
 use crate::agent::refusals::Refusals;
 use crate::agent::registry::Registry;
 use crate::agent::service::Service;
-use crate::agent::news::{News, What};
 use crate::core::container::Reference;
 use crate::core::event::{Changed, Event};
 use crate::core::ledger::Entry;

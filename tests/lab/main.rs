@@ -8,7 +8,9 @@
 mod agent;
 mod channel;
 mod checkpoint;
+mod clients;
 mod container;
+mod debian;
 mod demo;
 mod enable;
 mod everything;
@@ -54,6 +56,7 @@ fn cases() -> impl Iterator<Item = Case> {
     [
         smoke::CASES,
         plug::CASES,
+        clients::CASES,
         survive::CASES,
         nested::CASES,
         install::CASES,
