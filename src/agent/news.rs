@@ -90,6 +90,7 @@ pub(super) fn newest(mut all: Vec<News>) -> Vec<News> {
 mod tests {
     use super::*;
     use crate::core::plan::tests::device;
+    use crate::core::uevent::Action;
 
     #[test]
     fn of_what_has_happened_the_last_counts() {

@@ -27,7 +27,8 @@ fn main() -> ExitCode {
         eprintln!("qm-hotplug-mock: call it with the argument precreate, or under the name of a hook of containers/qm");
         return ExitCode::from(2);
     }
-    let around = Surroundings { discovery: &Environment, log: env::var_os("TEST_LOGFILE").map(Into::into) };
+    let log = env::var_os("TEST_LOGFILE").map(Into::into);
+    let around = Surroundings { discovery: &Environment, log, has_udev: false };
     match run(hook, &around, &mut io::stdin().lock(), &mut io::stdout().lock()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -96,7 +96,7 @@ pub fn run(cli: Cli) -> Result<()> {
 
 /// Acts as one of containers/qm's hooks, or as both.
 pub fn precreate(hook: Option<&'static Hook>) -> Result<()> {
-    let around = Surroundings { discovery: &Host::default(), log: None };
+    let around = Surroundings { discovery: &Host::default(), log: None, has_udev: true };
     precreate::run(hook, &around, &mut std::io::stdin().lock(), &mut std::io::stdout().lock())
 }
 

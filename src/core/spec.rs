@@ -112,6 +112,46 @@ pub fn note_at_start(spec: &mut Value, paths: &[String]) {
     }
 }
 
+/// Whether the container's program is systemd, as engines tell by its name.
+pub fn runs_systemd(spec: &Value) -> bool {
+    let program = spec.pointer("/process/args/0").and_then(Value::as_str).unwrap_or_default();
+    matches!(program.rsplit('/').next(), Some("systemd" | "init"))
+}
+
+/// Whether the container has a user namespace.
+pub fn has_user_namespace(spec: &Value) -> bool {
+    let namespaces = spec.pointer("/linux/namespaces").and_then(Value::as_array).into_iter().flatten();
+    namespaces.into_iter().any(|namespace| namespace.get("type").and_then(Value::as_str) == Some("user"))
+}
+
+/// Adds a bind mount, read-only and private, unless something is mounted there, or something of the host's above it. Says
+/// whether it did.
+pub fn add_mount(spec: &mut Value, source: &str, destination: &str) -> Result<bool, String> {
+    let root = spec.as_object_mut().ok_or("the top level is not a JSON object")?;
+    let mounts = root.get("mounts").filter(|mounts| !mounts.is_null());
+    if mounts.is_some_and(|mounts| !mounts.is_array()) {
+        return Err("'mounts' is not an array".into());
+    }
+    let is_in_the_way = |mount: &Value| {
+        let text = |key: &str| mount.get(key).and_then(Value::as_str).unwrap_or_default();
+        let path = text("destination").trim_end_matches('/');
+        // `/run` is where `/var/run` leads to.
+        let path = path.strip_prefix("/var").filter(|rest| rest.starts_with("/run")).unwrap_or(path);
+        let below = destination.strip_prefix(path);
+        below == Some("") || below.is_some_and(|rest| rest.starts_with('/')) && text("type") != "tmpfs"
+    };
+    if mounts.and_then(Value::as_array).into_iter().flatten().any(is_in_the_way) {
+        return Ok(false);
+    }
+    array(root, "mounts").push(json!({
+        "destination": destination,
+        "type": "bind",
+        "source": source,
+        "options": ["bind", "ro", "nosuid", "nodev", "noexec", "private"],
+    }));
+    Ok(true)
+}
+
 fn mount_sources(spec: &Value) -> impl Iterator<Item = &str> {
     let mounts = spec.get("mounts").and_then(Value::as_array).into_iter().flatten();
     mounts.filter_map(|mount| mount.get("source")?.as_str())

@@ -158,3 +158,34 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_mount_is_added_where_nothing_is_in_its_way() {
+    let mount = |destination: &str, kind: &str| json!({"destination": destination, "type": kind, "source": "x"});
+    for (mounts, is_added) in [
+        (json!(null), true),
+        (json!([mount("/proc", "proc"), mount("/run", "tmpfs"), mount("/run/.containerenv", "bind")]), true),
+        (json!([mount("/run/udevil", "bind"), mount("/run/udev/data", "bind")]), true),
+        (json!([mount("/run/udev", "bind")]), false),
+        (json!([mount("/run/udev/", "tmpfs")]), false),
+        (json!([mount("/var/run/udev", "bind")]), false),
+        (json!([mount("/run", "bind")]), false),
+        (json!([mount("/var/run", "bind")]), false),
+    ] {
+        let mut spec = json!({"mounts": mounts});
+        assert_eq!(add_mount(&mut spec, "/srv/view", "/run/udev"), Ok(is_added), "{mounts}");
+        let last = spec["mounts"].as_array().and_then(|all| all.last()).cloned().unwrap_or_default();
+        assert_eq!(last["source"] == "/srv/view", is_added, "{mounts}");
+        assert_eq!(is_added, spec["mounts"] != mounts);
+    }
+    assert!(add_mount(&mut json!({"mounts": {}}), "/a", "/b").is_err());
+}
+
+#[test]
+fn what_a_container_is_like() {
+    let of = |program: &str| runs_systemd(&json!({"process": {"args": [program, "--x"]}}));
+    assert!(of("/sbin/init") && of("systemd") && of("/usr/lib/systemd/systemd"));
+    assert!(!of("/bin/sh") && !of("initial") && !runs_systemd(&json!({})));
+    let with = |kind: &str| has_user_namespace(&json!({"linux": {"namespaces": [{"type": "pid"}, {"type": kind}]}}));
+    assert!(with("user") && !with("mount") && !has_user_namespace(&json!({})));
+}

@@ -287,7 +287,7 @@ impl Executor {
         mirror.view.note(name, new).map_err(failed)?;
         mirror.shown.insert(name.to_owned(), new.clone());
         if mirror.whose.sees_view {
-            mirror.view.write(name, new).map_err(failed)?;
+            mirror.view.write(name, new.description.record.as_deref()).map_err(failed)?;
         }
         if mirror.whose.has_udevd {
             return Ok(());

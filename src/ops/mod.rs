@@ -11,7 +11,7 @@ mod rebuild;
 pub mod request;
 pub mod store;
 pub mod verify;
-mod view;
+pub(crate) mod view;
 mod withdrawal;
 
 use std::path::Path;

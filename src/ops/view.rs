@@ -34,6 +34,9 @@ use crate::sys::network::NetworkId;
 /// How long a container may take from the hook to its start.
 const STARTING: Duration = Duration::from_secs(600);
 
+/// Where the runtimes that engines with hooks call keep their state.
+const STATES: [&str; 2] = ["/run/crun", "/run/runc"];
+
 /// Whose a view is, and what is known of its run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Whose {
@@ -49,7 +52,7 @@ pub(super) struct Whose {
 
 /// The directory.
 #[derive(Debug)]
-pub(super) struct View {
+pub(crate) struct View {
     directory: PathBuf,
 }
 
@@ -59,7 +62,7 @@ fn all() -> PathBuf {
 
 impl View {
     /// Makes one for the container with this id. `tag` tells it from that of another run.
-    pub(super) fn create(id: &str, tag: u64) -> Result<View> {
+    pub(crate) fn create(id: &str, tag: u64) -> Result<View> {
         let directory = all().join(format!("{}.{tag}", escaped(id)));
         let view = View { directory };
         let make = || -> io::Result<()> {
@@ -97,13 +100,18 @@ impl View {
         listed().into_iter().filter_map(|view| Some((view.whose()?, view))).map(|(whose, view)| (view, whose)).collect()
     }
 
-    /// Removes those that the hook made for containers that did not start.
-    pub(super) fn sweep() {
+    /// Removes those that the hook made for containers that did not start, or that ended while no agent ran.
+    pub(crate) fn sweep() {
         let is_old = |view: &View| {
             let made = fs::metadata(&view.directory).and_then(|stat| stat.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
             SystemTime::now().duration_since(made).is_ok_and(|age| age > STARTING)
         };
-        listed().into_iter().filter(|view| view.whose().is_none()).filter(is_old).for_each(View::remove);
+        let has_state = |view: &View| {
+            let id = view.directory.file_stem().unwrap_or_default();
+            STATES.iter().any(|states| Path::new(states).join(id).exists())
+        };
+        let is_nobodys = |view: &View| is_old(view) && view.whose().is_none() && !has_state(view);
+        listed().into_iter().filter(is_nobodys).for_each(View::remove);
     }
 
     fn whose(&self) -> Option<Whose> {
@@ -117,7 +125,7 @@ impl View {
     }
 
     /// The directory that the container sees.
-    pub(super) fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.directory.join("view")
     }
 
@@ -144,9 +152,8 @@ impl View {
     }
 
     /// Makes the database's entry what it is on the host.
-    pub(super) fn write(&self, name: &str, shown: &Shown) -> io::Result<()> {
+    pub(crate) fn write(&self, name: &str, record: Option<&str>) -> io::Result<()> {
         let view = open_directory(CWD, &self.path())?;
-        let record = shown.description.record.as_deref();
         let kept: Vec<&str> = record.map(|record| tags(record).collect()).unwrap_or_default();
         let all = open_directory(&view, Path::new("tags"))?;
         untag(&all, name, &kept)?;
@@ -179,7 +186,7 @@ impl View {
     }
 
     /// Removes it, with all that it shows.
-    pub(super) fn remove(self) {
+    pub(crate) fn remove(self) {
         if let Err(error) = fs::remove_dir_all(&self.directory) {
             tracing::debug!("cannot remove {}: {error}", self.directory.display());
         }

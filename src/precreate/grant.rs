@@ -75,7 +75,7 @@ fn label(subject: &Subject) -> String {
     }
 }
 
-/// Adds what the rules ask for. Returns whether that changed anything.
+/// Adds what the rules ask for; what that is, goes to `granted`, too. Returns whether that changed anything.
 pub(super) fn grant(
     spec: &mut Value,
     subject: &Subject,
@@ -83,6 +83,7 @@ pub(super) fn grant(
     wishes: Vec<Wish>,
     discovery: &dyn Discovery,
     log: &mut Log,
+    granted: &mut Vec<Number>,
 ) -> Result<bool> {
     let container = label(subject);
     log.info(&format!("Processing QM device annotations of container {container}"));
@@ -140,6 +141,7 @@ pub(super) fn grant(
         for device in &found.devices {
             let number = device.number;
             taken.insert(device.path.clone(), number);
+            granted.push(number);
             log.info(&format!(
                 "Adding device: {} (type={}, major={}, minor={})",
                 device.path,

@@ -4,6 +4,7 @@
 pub mod discovery;
 mod grant;
 pub mod log;
+mod mirror;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 use crate::config;
 use crate::core::annotation::{AT_START, HOTPLUG_PREFIX, PREFIX, UDEV, obstacle};
+use crate::core::mirror::Wish;
 use crate::core::spec;
 use crate::error::{Error, Result};
 use crate::precreate::discovery::Discovery;
@@ -72,6 +74,8 @@ pub struct Surroundings<'a> {
     pub discovery: &'a dyn Discovery,
     /// The log file, where it is another one than the hook's own.
     pub log: Option<PathBuf>,
+    /// Whether containers are shown what this host's udev knows.
+    pub has_udev: bool,
 }
 
 /// Runs the hook: one of them, or with `None` both, as far as the container has annotations for them. With nothing of
@@ -137,9 +141,9 @@ fn edit(
         None if of(&DEVICE_MANAGER).is_empty() && given.is_empty() => vec![&WAYLAND_CLIENT],
         None => vec![&DEVICE_MANAGER, &WAYLAND_CLIENT],
     };
-    let obstacle =
-        obstacle(annotations.iter().map(|(key, value)| (key.as_str(), value.as_deref().unwrap_or_default())));
-    let mut changed = false;
+    let texts = annotations.iter().map(|(key, value)| (key.as_str(), value.as_deref().unwrap_or_default()));
+    let obstacle = obstacle(texts.clone());
+    let (mut changed, mut granted, mut asks) = (false, Vec::new(), false);
     for hook in hooks {
         let mut asked = of(hook);
         // Selectors first, as the agent has them: what they say of a node counts before what a category says.
@@ -158,10 +162,14 @@ fn edit(
             }
             let wishes = grant::wishes(given, &asked, obstacle, &settings.categories);
             let bounds = settings.policies.bounds(&subject);
-            changed |= grant(&mut spec, &subject, &bounds, wishes, around.discovery, log)?;
+            asks |= !wishes.is_empty();
+            changed |= grant(&mut spec, &subject, &bounds, wishes, around.discovery, log, &mut granted)?;
             log.info(&format!("Total devices in spec: {}", spec::device_count(&spec)));
         }
         log.info(&format!("{} hook completed successfully", hook.title));
+    }
+    if around.has_udev && asks {
+        changed |= mirror::show(&mut spec, Wish::of(texts), &granted);
     }
     Ok(changed.then(|| serde_json::to_vec(&spec).expect("a JSON value is printable")))
 }

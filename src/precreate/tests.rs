@@ -38,7 +38,7 @@ fn hook(as_whom: Option<&'static Hook>, input: &str) -> (Result<String>, Vec<Str
     let directory = tempfile::tempdir().unwrap();
     let log = directory.path().join("log");
     let mut output = Vec::new();
-    let around = Surroundings { discovery: &Two, log: Some(log.clone()) };
+    let around = Surroundings { discovery: &Two, log: Some(log.clone()), has_udev: false };
     let result = run(as_whom, &around, &mut input.as_bytes(), &mut output);
     let lines = std::fs::read_to_string(log).unwrap_or_default();
     let lines = lines.lines().map(|line| {
@@ -168,7 +168,7 @@ fn a_log_that_cannot_be_written_is_no_reason_to_fail() {
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
     std::os::unix::fs::symlink("elsewhere", &link).unwrap();
     for log in ["/nonexistent/directory/log".into(), fifo, link] {
-        let around = Surroundings { discovery: &Two, log: Some(log) };
+        let around = Surroundings { discovery: &Two, log: Some(log), has_udev: false };
         let mut output = Vec::new();
         run(None, &around, &mut text.as_bytes(), &mut output).unwrap();
         assert!(String::from_utf8(output).unwrap().contains("/dev/ttyUSB0"));

@@ -30,6 +30,11 @@ impl Host {
     }
 }
 
+/// Whether this process is in no user namespace but the first.
+pub fn is_initial_user_namespace() -> bool {
+    rustix::fs::stat("/proc/self/ns/user").is_ok_and(|stat| stat.st_ino == INITIAL[0].1)
+}
+
 /// Checks that this process may do the work at all: root's capabilities, and outside of any container.
 pub fn require_fitness() -> Result<()> {
     caps::require()?;

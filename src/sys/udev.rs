@@ -126,14 +126,10 @@ const LONGEST_RECORD: u64 = 256 << 10;
 pub fn describe(device: &Granted) -> Option<Description> {
     let directory = format!("/sys{}", device.identity.devpath);
     let known = udev::Device::from_syspath(Path::new(&directory)).ok()?;
-    let record = std::fs::File::open(format!("{RUN_UDEV}/data/{}", record_name(device.number))).ok().and_then(|file| {
-        let mut text = String::new();
-        file.take(LONGEST_RECORD).read_to_string(&mut text).ok().map(|_| text)
-    });
     let mut description = Description {
         properties: properties(&known),
         uevent: std::fs::read_to_string(format!("{directory}/uevent")).ok()?,
-        record,
+        record: record(device.number),
         links: Vec::new(),
     };
     // Several devices may claim a link; one has it.
@@ -141,6 +137,13 @@ pub fn describe(device: &Granted) -> Option<Description> {
     let is_its = |link: &&str| std::fs::canonicalize(link).is_ok_and(|node| node == Path::new(&device.node));
     description.links = links.filter(|link| link.starts_with("/dev/")).filter(is_its).map(str::to_owned).collect();
     is_present(&device.identity).then_some(description)
+}
+
+/// The entry of udev's database on the device with that number, if there is one.
+pub fn record(number: Number) -> Option<String> {
+    let file = std::fs::File::open(format!("{RUN_UDEV}/data/{}", record_name(number))).ok()?;
+    let mut text = String::new();
+    file.take(LONGEST_RECORD).read_to_string(&mut text).ok().map(|_| text)
 }
 
 /// How many events the kernel has sent.

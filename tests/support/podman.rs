@@ -131,8 +131,9 @@ impl Container {
         root: &[&str],
         command: &[&str],
     ) -> Result<Container, Said> {
-        let run = ["--runtime", runtime, "run", "-d", "--name", name, "--network", "none"];
-        let said = podman(&[global, &run, &MODEST, options, root, command].concat());
+        let run = ["--runtime", runtime, "run", "-d", "--name", name];
+        let network: &[&str] = if options.contains(&"--network") { &[] } else { &["--network", "none"] };
+        let said = podman(&[global, &run, network, &MODEST, options, root, command].concat());
         let container = |id: &str| Container { runtime: runtime.to_owned(), name: name.to_owned(), id: id.to_owned() };
         if said.code == 0 { Ok(container(said.stdout.trim())) } else { Err(said) }
     }

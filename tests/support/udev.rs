@@ -48,8 +48,9 @@ impl Udevd {
         let _ = fs::remove_file(Path::new(RUN_UDEV).join("data").join(name));
     }
 
-    /// Tells of a device.
+    /// Tells of a device, after one more event of the kernel's.
     pub fn tell(&self, action: &str, devpath: &str) {
+        fs::write("/sys/class/mem/null/uevent", "change").unwrap();
         let sequence = fs::read_to_string("/sys/kernel/uevent_seqnum").unwrap();
         self.tell_as(action, devpath, sequence.trim());
     }
