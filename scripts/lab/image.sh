@@ -11,7 +11,8 @@ lab_packages() {
         systemd systemd-sysv udev dbus kmod linux-image-amd64 \
         podman crun runc conmon netavark uidmap \
         docker.io containerd lxc systemd-container \
-        busybox-static bpftool iproute2 ca-certificates
+        busybox-static bpftool iproute2 ca-certificates \
+        libinput-tools v4l-utils alsa-utils python3-pyudev
     # In bookworm the client is a part of docker.io, and there is a CRIU that Podman's runc can call.
     if [[ $1 == bookworm ]]; then echo criu; else echo docker-cli; fi
 }

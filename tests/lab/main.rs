@@ -8,7 +8,9 @@
 mod agent;
 mod channel;
 mod checkpoint;
+mod clients;
 mod container;
+mod debian;
 mod demo;
 mod enable;
 mod everything;
@@ -16,6 +18,7 @@ mod forks;
 mod gadget;
 mod hook;
 mod hub;
+mod inner_systemd;
 mod install;
 mod mapped;
 mod nested;
@@ -55,6 +58,8 @@ fn cases() -> impl Iterator<Item = Case> {
     [
         smoke::CASES,
         plug::CASES,
+        clients::CASES,
+        inner_systemd::CASES,
         survive::CASES,
         nested::CASES,
         mapped::CASES,
