@@ -10,7 +10,8 @@ use crate::failpoint::reached;
 use crate::ops::view::{View, Whose};
 use crate::ops::{Executor, node_error};
 use crate::sys::group::own_descriptors;
-use crate::sys::mount::{At, detached, hide, id_of, own, show};
+use crate::sys::label;
+use crate::sys::mount::{At, detached, hide, id_of, label_of_files, own, show};
 use crate::sys::namespace::inside;
 use crate::sys::network::{self, NetworkId};
 use crate::sys::process::{Process, is_gone};
@@ -104,14 +105,18 @@ impl Executor {
         let new = View::create(&holder.id, holder.start_time)?;
         let network = (network != ours).then_some(network);
         let wants = wish != Wish::Never;
-        let mut whose = Whose { holder: holder.clone(), network, asks, wants, has_udevd: false, sees_view: false };
+        let mut whose =
+            Whose { holder: holder.clone(), network, asks, wants, has_udevd: false, sees_view: false, label: None };
         // Before the act, so that it is found.
         new.claim(&whose)?;
         if !wants {
             return Ok((new, whose));
         }
         let at = match self.show_view(holder, &process, &new, &views, wish) {
-            Ok(at) => Some(at),
+            Ok((at, label)) => {
+                whose.label = label;
+                Some(at)
+            }
             Err(Error::ContainerExited(label)) => {
                 new.remove();
                 return Err(Error::ContainerExited(label));
@@ -125,13 +130,16 @@ impl Executor {
         whose.sees_view = matches!(at, Some(At::Ours(_)));
         // One that the hook has made is there from the start.
         let is_at = |view: &View| matches!(at, Some(At::Ours(id)) if view.id().is_ok_and(|its| its == id));
-        let view = match views.iter().position(is_at) {
+        let mut view = match views.iter().position(is_at) {
             Some(at) => {
                 new.remove();
                 views.swap_remove(at)
             }
             None => new,
         };
+        if let Some(label) = &whose.label {
+            view.set_label(label).map_err(Error::host(format!("label {}", view.path().display())))?;
+        }
         view.claim(&whose)?;
         Ok((view, whose))
     }
@@ -156,16 +164,25 @@ impl Executor {
         self.unmirror(&holder.id);
     }
 
-    fn show_view(&self, holder: &Holder, process: &Process, new: &View, others: &[View], wish: Wish) -> Result<At> {
+    fn show_view(
+        &self,
+        holder: &Holder,
+        process: &Process,
+        new: &View,
+        others: &[View],
+        wish: Wish,
+    ) -> Result<(At, Option<String>)> {
         let runs_systemd = process.program().is_some_and(|name| name == "systemd");
         let failed = |error| Error::host::<std::io::Error>(format!("clone {}", new.path().display()))(error);
         let ours =
             others.iter().filter_map(|view| view.id().ok()).chain([new.id().map_err(failed)?]).collect::<Vec<_>>();
         let hosts = id_of(RUN_UDEV.as_ref()).ok();
         let detached = detached(&new.path()).map_err(failed)?;
+        let has_labels = label::is_on();
         inside(holder.label(), process, self.host, move |inside| {
             let keeps = || if wish == Wish::Always { Ok(None) } else { own(inside, RUN_UDEV, runs_systemd) };
-            show(inside, &detached, RUN_UDEV, (&ours, hosts), keeps)
+            let at = show(inside, &detached, RUN_UDEV, (&ours, hosts), keeps)?;
+            Ok((at, has_labels.then(|| label_of_files(inside)).flatten()))
         })?
         .map_err(|error| node_error(holder, error))
     }

@@ -28,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::failpoint::reached;
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::files::{self, Durable};
+use crate::sys::label;
 use crate::sys::mount::{DirectoryId, id_of};
 use crate::sys::network::NetworkId;
 
@@ -52,12 +53,17 @@ pub(super) struct Whose {
     pub(super) has_udevd: bool,
     /// Whether it sees the view.
     pub(super) sees_view: bool,
+    /// What SELinux calls its files, where it is on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) label: Option<String>,
 }
 
 /// The directory.
 #[derive(Debug)]
 pub(crate) struct View {
     directory: PathBuf,
+    /// What SELinux calls files of the container, where it is on.
+    label: Option<String>,
 }
 
 fn all() -> PathBuf {
@@ -68,7 +74,7 @@ impl View {
     /// Makes one for the container with this id. `tag` tells it from that of another run.
     pub(crate) fn create(id: &str, tag: u64) -> Result<View> {
         let directory = all().join(format!("{}.{tag}", escaped(id)));
-        let view = View { directory };
+        let view = View { directory, label: None };
         let make = || -> io::Result<()> {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(&view.directory)?;
             fs::DirBuilder::new().recursive(true).mode(0o700).create(view.directory.join("shown"))?;
@@ -82,11 +88,36 @@ impl View {
                 }
             };
             ["", "data", "tags"].into_iter().try_for_each(make)?;
-            write_in(&open_directory(CWD, &view.path())?, "control", b"", 0o444)?;
-            Ok(())
+            view.write_in(&open_directory(CWD, &view.path())?, "control", b"", 0o444)
         };
         make().map_err(Error::host(format!("make {}", view.directory.display())))?;
         Ok(view)
+    }
+
+    /// Gives it the label of the container's files.
+    pub(crate) fn set_label(&mut self, label: &str) -> io::Result<()> {
+        let view = open_directory(CWD, &self.path())?;
+        label::set(&view, label)?;
+        for name in ["data", "tags"] {
+            label::set(&open_directory(&view, Path::new(name))?, label)?;
+        }
+        self.label = Some(label.to_owned());
+        self.write_in(&view, "control", b"", 0o444)
+    }
+
+    /// Writes a file under another name first: who reads it has it whole.
+    fn write_in(&self, directory: &OwnedFd, name: &str, text: &[u8], mode: u32) -> io::Result<()> {
+        let temporary = format!(".#{name}");
+        forget(directory, &temporary)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(mode);
+        let file = openat(directory, &*temporary, flags, mode)?;
+        rustix::fs::fchmod(&file, mode)?;
+        if let Some(label) = &self.label {
+            label::set(&file, label)?;
+        }
+        fs::File::from(file).write_all(text)?;
+        Ok(renameat(directory, &*temporary, directory, name)?)
     }
 
     /// All of the container with this id that are nobody's yet: the hook made them.
@@ -101,7 +132,11 @@ impl View {
 
     /// All that are somebody's.
     pub(super) fn claimed() -> Vec<(View, Whose)> {
-        listed().into_iter().filter_map(|view| Some((view.whose()?, view))).map(|(whose, view)| (view, whose)).collect()
+        let claimed = |view: View| {
+            let whose = view.whose()?;
+            Some((View { label: whose.label.clone(), ..view }, whose))
+        };
+        listed().into_iter().filter_map(claimed).collect()
     }
 
     /// Removes those that the hook made for containers that did not start, or that ended while no agent ran.
@@ -164,16 +199,23 @@ impl View {
         let kept: Vec<&str> = record.map(|record| tags(record).collect()).unwrap_or_default();
         let all = open_directory(&view, Path::new("tags"))?;
         untag(&all, name, &kept)?;
-        let Some(record) = record else { return forget(&open_directory(&view, Path::new("data"))?, name) };
-        write_in(&open_directory(&view, Path::new("data"))?, name, record.as_bytes(), 0o644)?;
+        let data = open_directory(&view, Path::new("data"))?;
+        let Some(record) = record else { return forget(&data, name) };
+        self.write_in(&data, name, record.as_bytes(), 0o644)?;
         reached("mirror: an entry is written");
         for tag in kept {
-            match mkdirat(&all, tag, Mode::from_raw_mode(0o755)) {
-                Ok(()) => rustix::fs::chmodat(&all, tag, Mode::from_raw_mode(0o755), AtFlags::empty())?,
-                Err(Errno::EXIST) => {}
+            let mode = Mode::from_raw_mode(0o755);
+            let is_new = match mkdirat(&all, tag, mode) {
+                Ok(()) => true,
+                Err(Errno::EXIST) => false,
                 Err(errno) => return Err(errno.into()),
+            };
+            let directory = open_directory(&all, Path::new(tag))?;
+            if is_new {
+                rustix::fs::fchmod(&directory, mode)?;
+                self.label.iter().try_for_each(|label| label::set(&directory, label))?;
             }
-            write_in(&open_directory(&all, Path::new(tag))?, name, b"", 0o444)?;
+            self.write_in(&directory, name, b"", 0o444)?;
         }
         Ok(())
     }
@@ -202,25 +244,13 @@ impl View {
 
 fn listed() -> Vec<View> {
     let entries = fs::read_dir(all()).into_iter().flatten().flatten();
-    entries.map(|entry| View { directory: entry.path() }).collect()
+    entries.map(|entry| View { directory: entry.path(), label: None }).collect()
 }
 
 /// A container with CAP_SYS_ADMIN could make its view writable and put links there: none is followed.
 fn open_directory(at: impl std::os::fd::AsFd, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(openat(at, path, flags, Mode::empty())?)
-}
-
-/// Writes a file under another name first: who reads it has it whole.
-fn write_in(directory: &OwnedFd, name: &str, text: &[u8], mode: u32) -> io::Result<()> {
-    let temporary = format!(".#{name}");
-    forget(directory, &temporary)?;
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mode = Mode::from_raw_mode(mode);
-    let mut file = fs::File::from(openat(directory, &*temporary, flags, mode)?);
-    rustix::fs::fchmod(&file, mode)?;
-    file.write_all(text)?;
-    Ok(renameat(directory, &*temporary, directory, name)?)
 }
 
 fn forget(directory: &OwnedFd, name: &str) -> io::Result<()> {

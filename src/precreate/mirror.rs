@@ -9,7 +9,7 @@ use crate::core::mirror::{RUN_UDEV, Wish, record_name};
 use crate::core::spec;
 use crate::ops::view::View;
 use crate::sys::host::is_initial_user_namespace;
-use crate::sys::udev;
+use crate::sys::{label, udev};
 
 /// Adds a view of udev's database to the specification, with the devices that were granted. Says whether it did; where it
 /// cannot be had, the container starts without, and the agent may still show one.
@@ -27,13 +27,18 @@ pub(super) fn show(spec: &mut Value, wish: Wish, granted: &[Number]) -> bool {
         return false;
     }
     let tag = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
-    let view = match View::create(&id, tag) {
+    let mut view = match View::create(&id, tag) {
         Ok(view) => view,
         Err(error) => {
             tracing::warn!("{RUN_UDEV} is not shown: {}", error.chain());
             return false;
         }
     };
+    if let Some(label) = spec.pointer("/linux/mountLabel").and_then(Value::as_str).filter(|_| label::is_on())
+        && let Err(error) = view.set_label(label)
+    {
+        tracing::warn!("{RUN_UDEV} cannot be given the label {label}: {error}");
+    }
     for number in granted {
         if let Err(error) = view.write(&record_name(*number), udev::record(*number).as_deref()) {
             tracing::warn!(device = %number, "{RUN_UDEV} does not show it: {error}");

@@ -12,6 +12,7 @@ pub mod device_filter;
 mod directory;
 pub mod group;
 pub mod host;
+pub mod label;
 mod mark;
 pub mod mount;
 pub mod mounted;

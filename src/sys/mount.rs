@@ -3,18 +3,22 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_long;
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, StatxFlags, fstat, fstatvfs, mkdirat, open, openat, statat, statx,
+    AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, StatxFlags, fstat, fstatvfs, mkdirat, openat, statat, statx,
     unlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
 
+use crate::core::mountinfo::{peer_group, receiver};
 use crate::sys::directory::{resolve, split};
+use crate::sys::group::own_descriptors;
+use crate::sys::label;
 use crate::sys::namespace::Inside;
 use crate::sys::node::NodeError;
 
@@ -25,7 +29,7 @@ pub type DirectoryId = (u64, u64);
 #[derive(Debug)]
 pub struct Detached {
     tree: OwnedFd,
-    proc: OwnedFd,
+    descriptors: OwnedFd,
 }
 
 /// What is at the place for the directory.
@@ -60,7 +64,7 @@ pub fn detached(directory: &Path) -> io::Result<Detached> {
         propagation: u64,
         user_namespace: u64,
     }
-    let proc = open("/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let descriptors = own_descriptors()?;
     let tree = open_tree(CWD, directory, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
     let set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
     let attributes = Attributes { set, clear: 0, propagation: libc::MS_PRIVATE, user_namespace: 0 };
@@ -76,7 +80,7 @@ pub fn detached(directory: &Path) -> io::Result<Detached> {
         )
     };
     check(result)?;
-    Ok(Detached { tree, proc })
+    Ok(Detached { tree, descriptors })
 }
 
 fn check(result: c_long) -> io::Result<()> {
@@ -95,6 +99,11 @@ pub fn own(inside: Inside<'_>, path: &str, runs_systemd: bool) -> Result<Option<
     let sys = resolve(inside, "/sys")?.and_then(|sys| fstatvfs(sys).ok());
     let has_udevd = sys.is_some_and(|sys| !sys.f_flag.contains(StatVfsMountFlags::RDONLY));
     Ok(Some(At::Own { has_udevd }))
+}
+
+/// What SELinux calls the container's files: those in its `/dev`.
+pub fn label_of_files(inside: Inside<'_>) -> Option<String> {
+    label::of(resolve(inside, "/dev").ok()??).ok()
 }
 
 /// Mounts the directory at this path, which is made where it is missing; unless one of `ours` is there already, or the
@@ -129,9 +138,10 @@ pub fn show(
         }
     }
     let directory = make_directory(inside, path)?;
-    if spreads(&directory, &detached.proc).map_err(failed("look at the mount of"))? {
+    let look = |source| NodeError::Failed { what: format!("look at the mount of {path}"), source };
+    if let Some(place) = seen_on_host(&detached.descriptors, &directory).map_err(look)? {
         return Err(NodeError::Refused(format!(
-            "what is mounted at {path} would be mounted elsewhere, too, since {above} is a shared mount"
+            "what is mounted at {path} would appear at {place} on the host, too: mount it with private or slave propagation"
         )));
     }
     if inside.is_given_up() {
@@ -176,20 +186,16 @@ fn make_directory(inside: Inside<'_>, path: &str) -> Result<OwnedFd, NodeError> 
     resolve(inside, path)?.ok_or_else(|| NodeError::Refused(format!("{path} vanished while it was made")))
 }
 
-/// Whether what is mounted in this directory is mounted elsewhere, too: its mount is shared (mount_namespaces(7)). `proc`
-/// is the host's `/proc`, which tells a thread of the mounts of the namespace that it is in.
-pub(super) fn spreads(directory: impl AsFd, proc: impl AsFd) -> Result<bool, Errno> {
-    let id = statx(&directory, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
-    let file = openat(proc, "thread-self/mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    let mut text = Vec::new();
-    std::fs::File::from(file)
-        .read_to_end(&mut text)
-        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-    let id = format!("{id} ");
-    let line = text.split(|byte| *byte == b'\n').find(|line| line.starts_with(id.as_bytes()));
-    // The optional fields stand before a lone hyphen (proc_pid_mountinfo(5)). A mount that is not listed is out of the
-    // container's sight, and nobody can tell.
-    let Some(line) = line else { return Ok(true) };
-    let fields = line.split(|byte| *byte == b' ').skip(6).take_while(|field| *field != b"-");
-    Ok(fields.into_iter().any(|field| field.starts_with(b"shared:")))
+/// Where on the host a mount in that directory would appear as well, if it would: there it would outlive the container.
+/// `descriptors` is our own `/proc/self/fd`.
+pub(super) fn seen_on_host(descriptors: &OwnedFd, directory: &OwnedFd) -> io::Result<Option<String>> {
+    let read = |path: &str| {
+        let mut text = String::new();
+        let file = openat(descriptors, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        File::from(file).read_to_string(&mut text).map(|_| text)
+    };
+    let id = statx(directory, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
+    // This thread is in the container's mount namespace, the process is not.
+    let Some(group) = peer_group(&read("../../thread-self/mountinfo")?, id) else { return Ok(None) };
+    Ok(receiver(&read("../mountinfo")?, group).map(str::to_owned))
 }

@@ -3,8 +3,7 @@
 
 #![allow(unsafe_code)]
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
@@ -16,7 +15,6 @@ use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 
 use crate::core::device::Number;
 use crate::core::ledger::Node;
-use crate::core::mountinfo::{peer_group, receiver};
 use crate::failpoint::reached;
 use crate::sys::node::number_of;
 use crate::sys::user_namespace::{UserNamespace, with_ownership};
@@ -33,19 +31,6 @@ pub struct Mapped<'a> {
     pub pidfd: BorrowedFd<'a>,
     /// `/proc/self/fd` of the host's: the container's `/proc` may be anything.
     pub descriptors: OwnedFd,
-}
-
-/// Where on the host a mount in that directory would appear as well, if it would: there it would outlive the container.
-pub(super) fn seen_on_host(mapped: &Mapped<'_>, directory: &OwnedFd) -> io::Result<Option<String>> {
-    let read = |path: &str| {
-        let mut text = String::new();
-        let file = openat(&mapped.descriptors, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        File::from(file).read_to_string(&mut text).map(|_| text)
-    };
-    let id = statx(directory, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
-    // This thread is in the container's mount namespace, the process is not.
-    let Some(group) = peer_group(&read("../../thread-self/mountinfo")?, id) else { return Ok(None) };
-    Ok(receiver(&read("../mountinfo")?, group).map(str::to_owned))
 }
 
 /// Puts a node there. At the name is nothing, or an empty file of ours ([`is_placeholder`]), as `has_place` says.

@@ -15,6 +15,7 @@ use crate::core::device::{Kind, Number};
 use crate::core::ledger::Node;
 use crate::failpoint::reached;
 use crate::sys::directory::{is_hosts, on_host, open_directory, remove_directories, resolve, split};
+use crate::sys::mount::seen_on_host;
 use crate::sys::mounted;
 use crate::sys::namespace::Inside;
 
@@ -195,7 +196,7 @@ fn make_in(
     if let Some(mapped) = inside.mapped {
         let failed = |source| NodeError::Failed { what: format!("mount a device node at {path}"), source };
         let looked = |source| NodeError::Failed { what: format!("look at the mount of {parent}"), source };
-        if let Some(place) = mounted::seen_on_host(mapped, directory).map_err(looked)? {
+        if let Some(place) = seen_on_host(&mapped.descriptors, directory).map_err(looked)? {
             return Err(NodeError::Refused(format!(
                 "{parent} is mounted with shared propagation, and what is mounted there would appear in {place} on the host: mount it with private or slave propagation"
             )));
