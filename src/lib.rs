@@ -16,7 +16,8 @@
 //!              ops: execute; undo on failure; the ledger is written before the act
 //!                   │                       │
 //!          sys::device_filter           sys::node
-//!          (BPF map at the cgroup root) (mknod in the container's mount namespace)
+//!          (BPF map at the cgroup root) (mknod in the container's mount namespace,
+//!                                       a mount where it has a user namespace)
 //! ```
 //!
 //! | module | what it knows | may import |

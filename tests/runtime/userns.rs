@@ -15,6 +15,7 @@ use crate::support::{Agent, grants, qm, wait_for};
 pub(crate) const CASES: &[Case] = &[
     ("userns::attached_opened_and_detached", attached_opened_and_detached),
     ("userns::ids_are_those_inside", ids_are_those_inside),
+    ("userns::ids_that_podman_has_chosen", ids_that_podman_has_chosen),
     ("userns::plugged_and_unplugged_by_rule", plugged_and_unplugged_by_rule),
     ("userns::an_agent_that_starts_makes_it_exact", an_agent_that_starts_makes_it_exact),
     ("userns::what_was_there_at_the_start_goes_and_comes_back", what_was_there_at_the_start),
@@ -89,6 +90,28 @@ fn ids_are_those_inside(runtime: &str) {
         assert_eq!(device.describe(), "b 7:42 70000:80000 0640");
         qm(&["detach", &c.name, &device.path]).ok();
     }
+}
+
+/// With `--userns=auto` it takes the next ones that it has.
+fn ids_that_podman_has_chosen(runtime: &str) {
+    let device = block(46).owned_by(0, 20, 0o660);
+    // In this test program's own /etc.
+    for file in ["/etc/subuid", "/etc/subgid"] {
+        let before = std::fs::read_to_string(file).unwrap_or_default();
+        if !before.contains("containers:") {
+            std::fs::write(file, before + "containers:300000:100000\n").unwrap();
+        }
+    }
+    Container::make_image("qmh-auto-image");
+    let root = ["qmh-auto-image"];
+    let c = Container::try_start(&[], runtime, "qmh-auto", &["--userns=auto"], &root, &["sleep", "1000"]);
+    std::os::unix::fs::chown("/dev/null", Some(0), Some(0)).unwrap();
+    let c = c.unwrap_or_else(|said| panic!("{said:?}"));
+    qm(&["attach", &c.name, &device.path]).ok();
+    assert_eq!(c.sh(&format!("stat -c '%u:%g %a' {}", device.path)).ok(), "0:20 660\n");
+    assert!(c.look(&device.path).unwrap().uid() >= 300_000 && c.opens("<>", &device.path));
+    qm(&["detach", &c.name, &device.path]).ok();
+    assert_eq!(c.node(&device.path), None);
 }
 
 /// All that is there where the stick is plugged in.
