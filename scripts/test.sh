@@ -161,7 +161,7 @@ prepare() {
         style) packages+=(systemd) ;;
         fuzz) packages+=(g++) ;;
         kernel) packages+=(iproute2 busybox-static) ;;
-        runtime | readme) packages+=(podman runc crun conmon busybox-static udev kmod iproute2) ;;
+        runtime | readme) packages+=(podman runc crun conmon busybox-static uidmap udev kmod iproute2) ;;
         bookworm | trixie) ;; # scripts/lab.sh knows what it needs
         esac
     done
