@@ -100,13 +100,16 @@ fn send_here(messages: &[Message], (uid, gid): (u32, u32), namespace: &File) -> 
     Ok(())
 }
 
-/// `struct nlmsghdr` before the text: length, type (above those that control a connection), flags, sequence, port.
+/// `struct nlmsghdr` before the text: length, type (above those that control a connection), flags (a request: the kernel
+/// reads nothing else, netlink_rcv_skb), sequence, port.
 fn with_header(text: &[u8]) -> Vec<u8> {
     const HEADER: usize = 16;
     const TYPE: u16 = 16;
+    const REQUEST: u16 = 1;
     let mut bytes = ((HEADER + text.len()) as u32).to_ne_bytes().to_vec();
     bytes.extend(TYPE.to_ne_bytes());
-    bytes.extend([0; 10]);
+    bytes.extend(REQUEST.to_ne_bytes());
+    bytes.extend([0; 8]);
     bytes.extend(text);
     bytes
 }
