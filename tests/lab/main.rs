@@ -18,7 +18,6 @@ mod forks;
 mod gadget;
 mod hook;
 mod hub;
-mod inner_systemd;
 mod install;
 mod nested;
 mod operation;
@@ -58,7 +57,6 @@ fn cases() -> impl Iterator<Item = Case> {
         smoke::CASES,
         plug::CASES,
         clients::CASES,
-        inner_systemd::CASES,
         survive::CASES,
         nested::CASES,
         install::CASES,
