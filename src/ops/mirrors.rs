@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::failpoint::reached;
 use crate::ops::view::{View, Whose};
 use crate::ops::{Executor, node_error};
+use crate::runtime;
 use crate::sys::group::own_descriptors;
 use crate::sys::label;
 use crate::sys::mount::{At, detached, hide, id_of, label_of_files, own, show};
@@ -172,7 +173,8 @@ impl Executor {
         others: &[View],
         wish: Wish,
     ) -> Result<(At, Option<String>)> {
-        let runs_systemd = process.program().is_some_and(|name| name == "systemd");
+        let is_now = || process.program().is_some_and(|name| name == "systemd");
+        let runs_systemd = is_now() || holder.user == 0 && runtime::runs_systemd(&holder.id);
         let failed = |error| Error::host::<std::io::Error>(format!("clone {}", new.path().display()))(error);
         let ours =
             others.iter().filter_map(|view| view.id().ok()).chain([new.id().map_err(failed)?]).collect::<Vec<_>>();

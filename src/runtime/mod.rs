@@ -23,6 +23,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::core::container::{Container, is_users};
+use crate::core::spec;
 use crate::runtime::places::{Adapter, Patterns, Place};
 use crate::sys::process::Process;
 
@@ -102,6 +103,18 @@ fn load_oci(place: &Place) -> Result<Found, String> {
 fn has_control_characters(container: &Container) -> bool {
     let texts = [Some(&container.id), container.name.as_ref()];
     texts.into_iter().flatten().any(|text| text.chars().any(char::is_control))
+}
+
+/// Whether a container of root's Podman has systemd as its program. Its specification tells so also while its init is the
+/// runtime still.
+pub fn runs_systemd(id: &str) -> bool {
+    let of_crun = || read(&Path::new("/run/crun").join(id).join("config.json")).ok();
+    let of_runc = || {
+        let container = runc::parse(&read(&Path::new("/run/runc").join(id).join("state.json")).ok()?).ok()?;
+        read(&Path::new(&container.bundle?).join("config.json")).ok()
+    };
+    let text = of_crun().or_else(of_runc);
+    text.and_then(|text| serde_json::from_str(&text).ok()).is_some_and(|spec| spec::runs_systemd(&spec))
 }
 
 fn file_name(path: &Path) -> Result<&str, String> {

@@ -18,6 +18,7 @@ mod forks;
 mod gadget;
 mod hook;
 mod hub;
+mod inner_systemd;
 mod install;
 mod mapped;
 mod nested;
@@ -58,6 +59,7 @@ fn cases() -> impl Iterator<Item = Case> {
         smoke::CASES,
         plug::CASES,
         clients::CASES,
+        inner_systemd::CASES,
         survive::CASES,
         nested::CASES,
         mapped::CASES,
