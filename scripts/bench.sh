@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prints the figures, as root: all parts, or those that are named.
-#   sudo scripts/bench.sh [PART...]            parts: filter hook selectors commands events many
+#   sudo scripts/bench.sh [PART...]            parts: filter hook selectors commands events many mirror
 # Installs the Debian packages that are missing. Figures from a machine that does other work at the time are worth nothing.
 set -euo pipefail
 
@@ -16,7 +16,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     exit
 fi
 for part in "$@"; do
-    [[ $part =~ ^(filter|hook|selectors|commands|events|many)$ ]] || die "unknown part: $part (filter hook selectors commands events many)"
+    [[ $part =~ ^(filter|hook|selectors|commands|events|many|mirror)$ ]] || die "unknown part: $part (filter hook selectors commands events many mirror)"
 done
 need_root "${0##*/}" "the figures are of cgroups, namespaces, device nodes, BPF programs and containers"
 # jq is for a hook in shell, to compare with.

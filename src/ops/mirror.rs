@@ -31,7 +31,7 @@ impl Executor {
             let is_shown = self.shown(holder, &name).is_some_and(is_it);
             if is_shown && self.node_of(holder, device).is_none() {
                 self.hide(holder, &name);
-                self.close(holder);
+                self.close_unless_asked(holder);
             }
         }
         let (mut descriptions, mut done) = (HashMap::new(), HashSet::new());
@@ -65,7 +65,7 @@ impl Executor {
         self.mirror(&concerns, &[], wish);
         // Of what was interrupted, nothing may be shown.
         let holders: Vec<Holder> = self.mirrors.all.values().map(|mirror| mirror.whose.holder.clone()).collect();
-        holders.iter().for_each(|holder| self.close(holder));
+        holders.iter().for_each(|holder| self.close_unless_asked(holder));
         View::sweep();
     }
 
@@ -77,7 +77,6 @@ impl Executor {
             let (holder, names) = (mirror.whose.holder.clone(), mirror.shown.keys().cloned().collect::<Vec<_>>());
             names.iter().for_each(|name| self.hide(&holder, name));
             self.close(&holder);
-            self.unmirror(&id);
         }
     }
 

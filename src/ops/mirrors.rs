@@ -146,10 +146,17 @@ impl Executor {
     }
 
     /// What was shown only for what was attached goes with it.
+    pub(super) fn close_unless_asked(&mut self, holder: &Holder) {
+        let is_over = |mirror: &Mirror| mirror.shown.is_empty() && !mirror.whose.asks;
+        if self.mirrors.all.get(&holder.id).is_some_and(is_over) {
+            self.close(holder);
+        }
+    }
+
+    /// Takes the view from the container.
     pub(super) fn close(&mut self, holder: &Holder) {
-        let is_over =
-            |mirror: &Mirror| mirror.whose.holder.is_same_run(holder) && mirror.shown.is_empty() && !mirror.whose.asks;
-        let Some(mirror) = self.mirrors.all.get(&holder.id).filter(|mirror| is_over(mirror)) else { return };
+        let is_its = |mirror: &&Mirror| mirror.whose.holder.is_same_run(holder);
+        let Some(mirror) = self.mirrors.all.get(&holder.id).filter(is_its) else { return };
         let id = mirror.view.id().ok();
         if let (Some(process), Some(id)) = (Process::open_same(holder.pid, holder.start_time), id) {
             let removed =

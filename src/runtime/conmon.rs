@@ -4,12 +4,20 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 
+use crate::sys::process::Process;
+
 /// Of a longer command line, the end is not read: conmon's has three KiB.
 const LONGEST: u64 = 128 << 10;
 
 /// The name that podman gave the container `id`. Its conmon is the parent of init; while the container is being
 /// created the runtime's own processes are still between them.
-pub fn name_of(parent: u32, id: &str) -> Option<String> {
+pub fn name_of(init: &Process, id: &str) -> Option<String> {
+    let parent_now = || Some(Process::open_same(init.pid, init.start_time)?.parent);
+    // The process between them may have ended meanwhile: then there is one less.
+    below(init.parent, id).or_else(|| below(parent_now()?, id))
+}
+
+fn below(parent: u32, id: &str) -> Option<String> {
     let mut ancestor = parent;
     for _ in 0..4 {
         let mut command_line = Vec::new();

@@ -94,7 +94,7 @@ fn load_oci(place: &Place) -> Result<Found, String> {
                 containerd::describe(&mut container, namespace);
             }
         }
-        _ => container.name = conmon::name_of(init.parent, &container.id),
+        _ => container.name = conmon::name_of(&init, &container.id),
     }
     Ok(Found::Running(Box::new(container)))
 }

@@ -101,7 +101,7 @@ fn load(
         return Ok(None);
     }
     // Two directories are two containers, whatever is written in them.
-    let name = conmon::name_of(init.parent, id);
+    let name = conmon::name_of(&init, id);
     let container = Container { id: id.to_owned(), name, ..container };
     Ok(container.of_user(home.uid, account.name.as_deref()))
 }

@@ -1,7 +1,7 @@
 //! The figures: how long each part of the main job takes on this kernel, beside what people do today.
 //!
 //! `cargo bench --bench figures` as root prints them; `-- filter`, `-- hook`, `-- selectors`, `-- commands`,
-//! `-- events` or `-- many` prints that part alone.
+//! `-- events`, `-- many` or `-- mirror` prints that part alone.
 //! Nothing is asserted: a machine's speed is no fact about the program.
 
 #[path = "../support/mod.rs"]
@@ -11,6 +11,7 @@ mod figure;
 mod filter;
 mod hook;
 mod many;
+mod mirror;
 mod probe;
 mod selectors;
 
@@ -38,13 +39,14 @@ fn main() {
     }
     support::enter();
     Figure::print_header();
-    let parts: [(&str, Part); 6] = [
+    let parts: [(&str, Part); 7] = [
         ("filter", filter::figures),
         ("hook", hook::figures),
         ("selectors", selectors::figures),
         ("commands", commands),
         ("events", events),
         ("many", many::figures),
+        ("mirror", mirror::figures),
     ];
     let named = |name: &str| arguments.iter().any(|argument| argument == name);
     let is_all = !parts.iter().any(|(name, _)| named(name));

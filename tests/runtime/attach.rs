@@ -198,11 +198,11 @@ fn list_shows_what_is_in_force(runtime: &str) {
 
     let first = json!({
         "container": a.name, "id": a.id, "device": device.path, "kind": "block", "major": 7, "minor": 51,
-        "access": "rwm", "path": device.path, "node": "ours", "uid": 0, "gid": 6, "mode": 0o660, "origin": "manual",
+        "access": "rwm", "right": "filter", "path": device.path, "node": "ours", "uid": 0, "gid": 6, "mode": 0o660, "origin": "manual",
     });
     let second = json!({
         "container": b.name, "id": b.id, "device": tty.path, "kind": "char", "major": 7, "minor": 128 + 46,
-        "access": "r", "path": "/dev/console9", "node": "ours", "uid": 0, "gid": 5, "mode": 0o620, "origin": "manual",
+        "access": "r", "right": "filter", "path": "/dev/console9", "node": "ours", "uid": 0, "gid": 5, "mode": 0o620, "origin": "manual",
     });
     assert_eq!(printed, first);
     assert_eq!(grants(), [first, second]);
