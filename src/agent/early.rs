@@ -7,12 +7,13 @@ use crate::agent::reconcile::{carry_out, wanted};
 use crate::agent::registry::{Known, Registry};
 use crate::core::device::Device;
 use crate::core::ledger::Node;
+use crate::core::mirror::Wish;
 use crate::ops::Executor;
 
 /// Shows a container that asks for something what udev knows, and finds out whether it has a udevd of its own.
 pub(super) fn prepare(executor: &mut Executor, registry: &Registry, known: &Known) {
     let Some(holder) = &known.holder else { return };
-    executor.prepare(holder, registry.wish(holder));
+    executor.prepare(holder, Wish::of(known.container.annotations()));
     if executor.has_udevd(holder) {
         known.has_udevd.set(true);
         registry.watched.tell_early();
@@ -21,7 +22,7 @@ pub(super) fn prepare(executor: &mut Executor, registry: &Registry, known: &Know
 
 /// The host's udevd gives its node an owner and a mode; the container's udevd gives them to the container's. Where a rule
 /// of the container's says what they are, that counts.
-pub(super) fn leave_owner(node: &mut Node, device: &Device) {
+fn leave_owner(node: &mut Node, device: &Device) {
     if (node.uid, node.gid, node.mode) == (device.uid, device.gid, device.mode) {
         (node.uid, node.gid, node.mode) = (0, 0, 0o600);
     }
@@ -34,12 +35,13 @@ pub(super) fn appeared(executor: &mut Executor, registry: &mut Registry, device:
     }
     let devpath = device.identity.devpath.clone();
     // To all others it is there once udev has spoken.
-    let before = registry.devices.insert(devpath.clone(), device);
+    let before = registry.devices.insert(devpath.clone(), device.clone());
     let mut new = wanted(executor, registry, Known::is_early, |its| its.identity.devpath == devpath, |_| true);
     match before {
         Some(before) => drop(registry.devices.insert(devpath, before)),
         None => drop(registry.devices.remove(&devpath)),
     }
+    new.iter_mut().for_each(|grant| leave_owner(&mut grant.node, &device));
     new.retain(|grant| !executor.ledger.of(&grant.holder.id).any(|entry| entry.grant.node.path == grant.node.path));
     carry_out(executor, registry, &new, &[], |_| false, Some(since));
 }

@@ -16,7 +16,7 @@ mod users;
 mod watch;
 mod withdrawals;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -290,9 +290,14 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
     let mut result = carry_out(executor, registry, request);
     if let Err(Error::NoSuchContainer(_)) = result {
         // It may have started a moment ago, or its name may have been out of sight.
+        let mut new = BTreeSet::new();
         for container in runtime::scan() {
-            registry.learn(&executor.cgroups, container);
+            let id = container.id.clone();
+            if registry.learn(&executor.cgroups, container) {
+                new.insert(id);
+            }
         }
+        reconcile::arrived(executor, registry, &new, Instant::now());
         result = carry_out(executor, registry, request);
     }
     registry.keep(&executor.cgroups, executor.persisted.all());

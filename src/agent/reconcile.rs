@@ -33,7 +33,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     for place in Patterns::of_host().places() {
         drop(registry.look_at(&executor.cgroups, place, None));
     }
-    for uid in users::uids() {
+    for uid in users::uids().into_iter().filter(|uid| registry.serves(*uid)).collect::<Vec<_>>() {
         drop(registry.look_at_user(&executor.cgroups, uid));
     }
     let asking = registry.containers.values().filter(|known| !known.rules.is_empty());
@@ -48,6 +48,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     withdrawals::settle(executor, registry, &desired, |_, _| true, None);
     drop(carry_out(executor, registry, &desired, &observed, goes_with_node, None));
     executor.mirror_all(|holder| registry.wish(holder));
+    registry.containers.keys().for_each(|id| executor.settle_start(id));
     if !executor.ledger.lost().is_empty() {
         executor.sweep(&registry.snapshot());
     }
@@ -86,10 +87,9 @@ pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event:
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == *devpath);
     // The first withdrawal loads a program, which takes as long as a hundred removals: they go first.
     let (from_start, others): (Vec<_>, Vec<_>) = observed.into_iter().partition(|entry| entry.grant.at_start);
-    let concerns = carry_out(executor, registry, &[], &others, |_| true, Some(since));
-    executor.mirror(&concerns, &[], |holder| registry.wish(holder));
+    let mut concerns = carry_out(executor, registry, &[], &others, |_| true, Some(since));
     withdrawals::settle(executor, registry, &[], |_, its| its == event.number, Some(event.number));
-    let concerns = carry_out(executor, registry, &[], &from_start, |_| true, Some(since));
+    concerns.extend(carry_out(executor, registry, &[], &from_start, |_| true, Some(since)));
     executor.mirror(&concerns, &[], |holder| registry.wish(holder));
     registry.devices.remove(devpath);
     let waiting = registry.waiting.borrow().clone();
@@ -134,10 +134,14 @@ pub(super) fn container(
     if !is_new && executor.ledger.of(&id).next().is_some() {
         return mark_again(executor, &id);
     }
-    if let Some(known) = registry.containers.get(&id).filter(|known| !known.rules.is_empty()) {
-        early::prepare(executor, registry, known);
-    }
-    all_of(executor, registry, &BTreeSet::from([id]), "", since);
+    arrived(executor, registry, &BTreeSet::from([id]), since);
+}
+
+/// Containers that were not known before: what they ask for, and what they are shown.
+pub(super) fn arrived(executor: &mut Executor, registry: &mut Registry, ids: &BTreeSet<String>, since: Instant) {
+    let asking = ids.iter().filter_map(|id| registry.containers.get(id)).filter(|known| !known.rules.is_empty());
+    asking.for_each(|known| early::prepare(executor, registry, known));
+    all_of(executor, registry, ids, "", since);
 }
 
 /// Compares all that the containers with these ids have or should have of the devices whose `DEVPATH` begins so.
@@ -169,6 +173,9 @@ pub(super) fn all_of(
     withdrawals::settle(executor, registry, &desired, is_its, None);
     let concerns = carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
     executor.mirror(&concerns, &[], |holder| registry.wish(holder));
+    if place.is_empty() {
+        ids.iter().for_each(|id| executor.settle_start(id));
+    }
 }
 
 /// A runtime's update may have detached the mark of a container with grants: it is put back.
@@ -223,6 +230,13 @@ pub(super) fn wanted(
     for device in registry.devices.values().filter(|device| on(device)) {
         let facts = Facts::new(device, &sysfs);
         containers.iter().for_each(|known| known.desired(executor.host, &facts, &mut grants, &registry.said));
+    }
+    // The udevd of a container has given a node that is there its owner and mode.
+    for grant in grants.iter_mut().filter(|grant| executor.has_udevd(&grant.holder)) {
+        let mut same = executor.ledger.of(&grant.holder.id).filter(|entry| entry.grant.is_same(grant));
+        if let Some(Entry { grant: Grant { node, .. }, .. }) = same.next() {
+            (grant.node.uid, grant.node.gid, grant.node.mode) = (node.uid, node.gid, node.mode);
+        }
     }
     // Of a ledger that may be long, what has to do with these.
     let place = |grant: &Grant| {

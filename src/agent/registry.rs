@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::agent::Compared;
-use crate::agent::early;
 use crate::agent::monitors::Monitors;
 use crate::agent::said::Said;
 use crate::agent::watch::Watched;
@@ -76,15 +75,12 @@ impl Known {
             }
             self.groups.get()?.get(name).copied()
         };
-        let (rules, bounds, first) = (&self.rules, &self.bounds, grants.len());
+        let (rules, bounds) = (&self.rules, &self.bounds);
         let named = &self.container.devices;
         let own_refusal = |device: &Device| own_refusal(holder.user, device);
         let asking = Asking { holder, named, rules, bounds, group: &group, own_refusal: &own_refusal };
         let mut refused = Vec::new();
         asking.desired(facts, grants, &mut refused);
-        if self.has_udevd.get() {
-            grants[first..].iter_mut().for_each(|grant| early::leave_owner(&mut grant.node, facts.device));
-        }
         for one in refused {
             let text = format!("{} not granted by {}: {}", one.device, one.rule, one.reason);
             said.once(&holder.id, holder.label(), text);
@@ -156,11 +152,12 @@ pub(super) struct Registry {
 }
 
 impl Registry {
-    pub(super) fn new(watched: Watched, attached: &[Attached]) -> Registry {
+    pub(super) fn new(mut watched: Watched, attached: &[Attached]) -> Registry {
         let (settings, problems) = config::settings();
         for problem in &problems {
             tracing::error!("passed over: {problem}");
         }
+        watched.serve(&settings.users);
         Registry {
             devices: BTreeMap::new(),
             containers: HashMap::new(),
@@ -180,7 +177,12 @@ impl Registry {
         }
     }
 
-    /// The categories of this host.
+    /// Whether the containers of this ordinary user are looked for.
+    pub(super) fn serves(&self, uid: u32) -> bool {
+        self.settings.users.contains(&uid)
+    }
+
+    /// The host's categories.
     pub(super) fn categories(&self) -> &Categories {
         &self.settings.categories
     }
@@ -259,8 +261,8 @@ impl Registry {
         };
         tracing::debug!(container = container.label(), id = container.id, "known");
         let bounds = self.bounds_of(&container, holder.as_ref());
-        let (at_start, groups, no_groups) = (nodes_at_start(&container), OnceCell::new(), Cell::new(None));
-        let has_udevd = Cell::new(false);
+        let (groups, no_groups, has_udevd) = Default::default();
+        let at_start = nodes_at_start(&container);
         let known =
             Known { container, rules, bounds, holder, at_start, groups, no_groups, has_udevd, _init: init, token };
         self.containers.insert(known.container.id.clone(), known);
@@ -278,6 +280,7 @@ impl Registry {
             return Err(format!("the configuration stays as it was: {}", self.problems.join("; ")));
         }
         self.settings = settings;
+        self.watched.serve(&self.settings.users);
         self.said = Said::default();
         let wants_image = self.settings.policies.look_at_images();
         for known in self.containers.values_mut() {
@@ -311,9 +314,8 @@ impl Registry {
     }
 
     /// Whether the container wants to be shown what udev knows.
-    pub(super) fn wish(&self, holder: &Holder) -> Wish {
-        let known = self.containers.get(&holder.id);
-        known.map_or(Wish::Usual, |known| Wish::of(known.container.annotations()))
+    pub(super) fn wish(&self, holder: &Holder) -> Option<Wish> {
+        Some(Wish::of(self.containers.get(&holder.id)?.container.annotations()))
     }
 
     /// Looks again at containers that ask for something and could not be worked on when they were last looked at: they
@@ -382,7 +384,10 @@ fn nodes_at_start(container: &Container) -> Vec<String> {
 
 /// What the container asks for by annotations, and what it gets without asking; first of all what a person attached.
 fn rules_of(settings: &Settings, attached: &[Attached], container: &Container) -> (Vec<Rule>, Vec<Ignored>) {
-    let (mut all, mut ignored) = rules(container.annotations(), &settings.categories);
+    let (mut all, mut ignored) = Default::default();
+    if container.owner == 0 || settings.users.contains(&container.owner) {
+        (all, ignored) = rules(container.annotations(), &settings.categories);
+    }
     all.splice(0..0, settings.rules_for(&subject(container, None, false)));
     let mut kept = Vec::new();
     for device in attached.iter().filter(|attached| attached.is_for(container)).flat_map(|attached| &attached.devices) {

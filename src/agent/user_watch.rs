@@ -5,6 +5,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -35,9 +36,15 @@ const MOST_WATCHES: usize = 4096;
 /// inotify does not tell.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// The users whose containers are looked for, as the configuration has them now.
+pub(super) type Served = Arc<Mutex<BTreeSet<u32>>>;
+
 /// The watches.
 #[derive(Debug)]
 pub(super) struct UserWatch {
+    served: Served,
+    /// Those of them who were looked at.
+    known: BTreeSet<u32>,
     inotify: Inotify,
     subjects: HashMap<WatchDescriptor, Subject>,
     /// Users whose directory is not theirs yet, and since when.
@@ -45,12 +52,19 @@ pub(super) struct UserWatch {
 }
 
 impl UserWatch {
-    /// Watches what is there now.
-    pub(super) fn start() -> io::Result<UserWatch> {
+    /// Watches nobody until [`UserWatch::follow`].
+    pub(super) fn start(served: Served) -> io::Result<UserWatch> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        let mut watch = UserWatch { inotify, subjects: HashMap::new(), early: HashMap::new() };
-        watch.look_at_all();
-        Ok(watch)
+        let (known, subjects, early) = Default::default();
+        Ok(UserWatch { served, known, inotify, subjects, early })
+    }
+
+    /// Watches what is there of users who have come into the configuration. Returns those, if any has.
+    pub(super) fn follow(&mut self) -> BTreeSet<u32> {
+        let served = self.served.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let is_more = !served.is_subset(&self.known);
+        self.known = served;
+        if is_more { self.look_at_all() } else { BTreeSet::new() }
     }
 
     /// The users of whose containers something changed. One portion of what there is: a user can make it endless.
@@ -114,7 +128,7 @@ impl UserWatch {
         for (path, subject) in [(above, Subject::Above), (USERS, Subject::Users)] {
             self.add(path, subject);
         }
-        let users: BTreeSet<u32> = uids().into_iter().collect();
+        let users: BTreeSet<u32> = uids().into_iter().filter(|uid| self.known.contains(uid)).collect();
         users.iter().for_each(|uid| {
             self.look_at(*uid);
         });
@@ -123,6 +137,9 @@ impl UserWatch {
 
     /// Watches the directories of a user. Returns whether there is one of his.
     fn look_at(&mut self, uid: u32) -> bool {
+        if !self.known.contains(&uid) {
+            return false;
+        }
         let home = match Home::open(uid) {
             Ok(Some(home)) => home,
             result => {

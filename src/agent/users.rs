@@ -42,6 +42,9 @@ const LEFT_TO_OTHERS: u32 = 20;
 /// Something changed in an ordinary user's runtime directory. He can have that as often as he likes, and make each look
 /// long: each takes a twentieth of the time at most.
 pub(super) fn changed(executor: &mut Executor, registry: &mut Registry, uid: u32, since: Instant) {
+    if !registry.serves(uid) {
+        return;
+    }
     if let Some(last) = registry.users.get_mut(&uid) {
         // What was there before the last time was found then.
         if since < last.started && !last.is_due {
@@ -57,6 +60,6 @@ pub(super) fn changed(executor: &mut Executor, registry: &mut Registry, uid: u32
     }
     let started = Instant::now();
     let ids = registry.look_at_user(&executor.cgroups, uid);
-    reconcile::all_of(executor, registry, &ids, "", since);
+    reconcile::arrived(executor, registry, &ids, since);
     registry.users.insert(uid, Compared { started, took: started.elapsed(), is_due: false });
 }

@@ -1,11 +1,12 @@
 //! One thread that waits for everything the agent hears of, and hands it on as owned values. It never waits for the
 //! loop that works on it, so that the kernel's buffers stay empty during a storm.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -15,7 +16,7 @@ use tokio::sync::mpsc::{Sender, WeakSender};
 
 use crate::agent::news::{News, What};
 use crate::agent::state_watch::{CgroupWatch, Changed, StateWatch};
-use crate::agent::user_watch::UserWatch;
+use crate::agent::user_watch::{Served, UserWatch};
 use crate::core::uevent::{Action, Uevent, parse};
 use crate::runtime::places::{Patterns, Place};
 use crate::sys::ring::Ring;
@@ -39,6 +40,7 @@ pub(super) struct Watched {
     cgroups: CgroupWatch,
     pulse: Arc<Pulse>,
     early: Arc<AtomicBool>,
+    served: Served,
     asked: u64,
     news: WeakSender<News>,
 }
@@ -60,6 +62,12 @@ impl Watched {
         if rustix::io::write(&self.pulse.questions, &1u64.to_ne_bytes()).is_ok() {
             self.asked += 1;
         }
+    }
+
+    /// From now on, news of these users' containers come.
+    pub(super) fn serve(&mut self, users: &BTreeSet<u32>) {
+        *self.served.lock().unwrap_or_else(PoisonError::into_inner) = users.clone();
+        self.ask();
     }
 
     /// Whether it has answered all questions.
@@ -117,7 +125,8 @@ impl Watched {
 pub(super) fn start(news: Sender<News>) -> io::Result<Watched> {
     let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
     let (kernel, udev, state) = (Uevents::of_kernel()?, Uevents::of_udev()?, StateWatch::start(Patterns::of_host())?);
-    let users = UserWatch::start()?;
+    let served = Served::default();
+    let users = UserWatch::start(Arc::clone(&served))?;
     let questions = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let pulse = Arc::new(Pulse { questions, answered: AtomicU64::new(0) });
     let sources = [
@@ -134,7 +143,7 @@ pub(super) fn start(news: Sender<News>) -> io::Result<Watched> {
     let early = Arc::new(AtomicBool::new(false));
     let its_early = Arc::clone(&early);
     let (next, epoll_too) = (FIRST_PROCESS, Arc::clone(&epoll));
-    let watched = Watched { epoll: epoll_too, next, cgroups, pulse, early, asked: 0, news: its_news };
+    let watched = Watched { epoll: epoll_too, next, cgroups, pulse, early, served, asked: 0, news: its_news };
     let had_udevd = udev::is_running();
     let (pulse, early) = (its_pulse, its_early);
     let watch = Watch { kernel, udev, state, users, news, pulse, early, overflowed: false, had_udevd };
@@ -218,7 +227,8 @@ impl Watch {
         }
     }
 
-    fn answer(&self) {
+    fn answer(&mut self) {
+        self.users.follow().into_iter().for_each(|uid| self.tell(What::User(uid)));
         let mut count = [0; 8];
         if rustix::io::read(&self.pulse.questions, &mut count).is_ok() {
             self.pulse.answered.fetch_add(u64::from_ne_bytes(count), Ordering::SeqCst);

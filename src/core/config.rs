@@ -2,6 +2,7 @@
 //!
 //! ```toml
 //! enable = ["block"]
+//! users = [1000]
 //! require-policy = true
 //!
 //! [category.robot]
@@ -31,6 +32,9 @@ pub struct ConfigFile {
     /// Categories that are off unless a file enables them.
     #[serde(default)]
     pub enable: Vec<Spanned<String>>,
+    /// Ordinary users whose containers are looked for, by number.
+    #[serde(default)]
+    pub users: Vec<u32>,
     /// More categories, by name.
     #[serde(default)]
     pub category: BTreeMap<Spanned<String>, CategoryConfig>,

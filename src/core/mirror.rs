@@ -55,6 +55,8 @@ pub struct Shown {
     pub node: String,
     /// What is told of it.
     pub description: Description,
+    /// Whether all of it is done: else it was only written down before the act.
+    pub is_done: bool,
 }
 
 /// The name of a device's entry in udev's database (systemd's sd-device.c): `c188:0`, `b8:16`.
@@ -135,7 +137,7 @@ mod tests {
             [("SUBSYSTEM", "tty"), ("ACTION", "x"), ("ID_MODEL", "m")].map(|(k, v)| (k.to_owned(), v.to_owned()));
         let uevent = "MAJOR=188\nMINOR=0\nDEVNAME=ttyUSB0\n".to_owned();
         let description = Description { properties: properties.into(), uevent, record: None, links };
-        Shown { device: Granted::from(&device), node: node.into(), description }
+        Shown { device: Granted::from(&device), node: node.into(), description, is_done: true }
     }
 
     #[test]

@@ -113,7 +113,8 @@ impl Policy {
             None => Some(true),
         };
         let conditions = [
-            fits(&self.cgroup, &subject.cgroups(), true),
+            // A user's container may have none that anybody knows.
+            fits(&self.cgroup, &subject.cgroups(), !subject.cgroup.is_empty()),
             Some(self.owner.is_none_or(|owner| owner == subject.owner)),
             match &self.container {
                 Some(pattern) if pattern.matches(subject) => Some(true),

@@ -1,5 +1,6 @@
 //! The settings of a host: what all its configuration files say together.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use toml::Spanned;
@@ -20,6 +21,8 @@ pub struct Settings {
     pub categories: Categories,
     /// What they may ask for.
     pub policies: Policies,
+    /// Ordinary users whose containers are looked for.
+    pub users: BTreeSet<u32>,
     containers: Vec<ContainerTable>,
 }
 
@@ -88,6 +91,7 @@ impl Settings {
         if let Some(required) = parsed.file.require_policy.as_ref().filter(|required| *required.get_ref()) {
             self.policies.required = Some(place(required.span().start));
         }
+        self.users.extend(&parsed.file.users);
         for config in &parsed.file.policy {
             let policy = policy(config, &self.categories, parsed.text, &place)?;
             self.policies.all.push(Arc::new(policy));

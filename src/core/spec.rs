@@ -112,10 +112,11 @@ pub fn note_at_start(spec: &mut Value, paths: &[String]) {
     }
 }
 
-/// Whether the container's program is systemd, as engines tell by its name.
+/// Whether the container's program is systemd, by its path: the same that Podman takes for it (`--systemd=true`).
 pub fn runs_systemd(spec: &Value) -> bool {
     let program = spec.pointer("/process/args/0").and_then(Value::as_str).unwrap_or_default();
-    matches!(program.rsplit('/').next(), Some("systemd" | "init"))
+    program.rsplit('/').next() == Some("systemd")
+        || matches!(program, "/sbin/init" | "/usr/sbin/init" | "/usr/local/sbin/init")
 }
 
 /// Adds a bind mount, read-only and private, unless something is mounted there, or something of the host's above it. Says
@@ -132,7 +133,9 @@ pub fn add_mount(spec: &mut Value, source: &str, destination: &str) -> Result<bo
         // `/run` is where `/var/run` leads to.
         let path = path.strip_prefix("/var").filter(|rest| rest.starts_with("/run")).unwrap_or(path);
         let below = destination.strip_prefix(path);
-        below == Some("") || below.is_some_and(|rest| rest.starts_with('/')) && text("type") != "tmpfs"
+        // What was mounted in it on purpose would be covered.
+        let is_in_it = path.strip_prefix(destination).is_some_and(|rest| rest.starts_with('/'));
+        is_in_it || below == Some("") || below.is_some_and(|rest| rest.starts_with('/')) && text("type") != "tmpfs"
     };
     if mounts.and_then(Value::as_array).into_iter().flatten().any(is_in_the_way) {
         return Ok(false);

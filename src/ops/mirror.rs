@@ -22,8 +22,9 @@ use crate::sys::udev;
 pub type Concern = (Holder, Granted);
 
 impl Executor {
-    /// Makes what containers are shown of these devices follow the ledger. `told` is what udevd has just told of them.
-    pub fn mirror(&mut self, concerns: &[Concern], told: &[Told], wish: impl Fn(&Holder) -> Wish) {
+    /// Makes what containers are shown of these devices follow the ledger. `told` is what udevd has just told of them. Where
+    /// a container's wish is not known, nothing is shown that was not before.
+    pub fn mirror(&mut self, concerns: &[Concern], told: &[Told], wish: impl Fn(&Holder) -> Option<Wish>) {
         // A number that changes hands is gone before it is there.
         for (holder, device) in concerns {
             let name = record_name(device.number);
@@ -44,7 +45,7 @@ impl Executor {
             let describe = || udev::describe(device);
             let known: &Option<Description> = descriptions.entry(&device.identity).or_insert_with(describe);
             let Some(description) = known.clone() else { continue };
-            let shown = Shown { device: device.clone(), node, description };
+            let shown = Shown { device: device.clone(), node, description, is_done: true };
             if self.ensure(holder, wish(holder), false) {
                 self.reveal(holder, shown, told, &mut relayed);
             }
@@ -52,7 +53,7 @@ impl Executor {
     }
 
     /// The same for all that is in the ledger or shown, after a start or lost events. Those who run no more are forgotten.
-    pub fn mirror_all(&mut self, wish: impl Fn(&Holder) -> Wish) {
+    pub fn mirror_all(&mut self, wish: impl Fn(&Holder) -> Option<Wish>) {
         let ended = self.mirrors.all.iter().filter(|(_, mirror)| mirror.has_ended()).map(|(id, _)| id.clone());
         let ended: Vec<String> = ended.collect();
         ended.iter().for_each(|id| self.unmirror(id));
@@ -78,6 +79,7 @@ impl Executor {
             names.iter().for_each(|name| self.hide(&holder, name));
             self.close(&holder);
         }
+        View::leave_nothing();
     }
 
     fn shown(&self, holder: &Holder, name: &str) -> Option<&Shown> {
@@ -116,7 +118,9 @@ impl Executor {
         let latest = latest.unwrap_or_else(|| if old.is_none() { udev::sequence() } else { last });
         mirror.told.insert(name.clone(), latest);
         let network = mirror.whose.network;
-        let is_first = network.is_some_and(|network| !self.mirrors.are_told(network, &name, &new.device.identity));
+        let is_new = old.as_ref().is_none_or(|old| !old.is_done);
+        let is_first =
+            is_new && network.is_some_and(|network| !self.mirrors.are_told(network, &name, &new.device.identity));
         if old.as_ref() != Some(&new)
             && let Err(error) = self.write(holder, &name, old.as_ref(), &new)
         {
@@ -127,11 +131,12 @@ impl Executor {
                 error.chain()
             );
         }
-        let Some(network) = network else { return };
+        let Some(network) = network else { return self.complete(holder, &name) };
         // Those who listen to the namespace of several containers hear each event once.
-        let is_relayed = !relayed.insert((network, name));
+        let is_relayed = !relayed.insert((network, name.clone()));
         let current = || Told { action: "change", sequence: udev::sequence() };
-        let actions = match (&old, &*told) {
+        // Where somebody was killed at it, those inside may know nothing.
+        let actions = match (old.as_ref().filter(|old| old.is_done), &*told) {
             (None, _) if is_first => {
                 let sequence =
                     told.iter().find(|told| told.action == "add").map_or_else(udev::sequence, |it| it.sequence);
@@ -145,14 +150,26 @@ impl Executor {
             (Some(_), told) => told.to_vec(),
         };
         self.tell(holder, &new, &actions.iter().map(|told| (told.action, told.sequence)).collect::<Vec<_>>());
+        self.complete(holder, &name);
+    }
+
+    /// Writes down that all of it is done, if that is new.
+    fn complete(&mut self, holder: &Holder, name: &str) {
+        let Some(mirror) = self.mirrors.all.get_mut(&holder.id) else { return };
+        let Some(shown) = mirror.shown.get_mut(name).filter(|shown| !shown.is_done) else { return };
+        shown.is_done = true;
+        if let Err(error) = mirror.view.note(name, shown) {
+            tracing::warn!("cannot write to {}: {error}", mirror.view.path().display());
+        }
     }
 
     fn write(&mut self, holder: &Holder, name: &str, old: Option<&Shown>, new: &Shown) -> Result<()> {
         let taken: HashSet<String> = self.ledger.of(&holder.id).map(|entry| entry.grant.node.path.clone()).collect();
         let Some(mirror) = self.mirrors.all.get_mut(&holder.id) else { return Ok(()) };
         let failed = |error| Error::host::<std::io::Error>(format!("write to {}", mirror.view.path().display()))(error);
-        mirror.view.note(name, new).map_err(failed)?;
-        mirror.shown.insert(name.to_owned(), new.clone());
+        let noted = Shown { is_done: false, ..new.clone() };
+        mirror.view.note(name, &noted).map_err(failed)?;
+        mirror.shown.insert(name.to_owned(), noted);
         if mirror.whose.sees_view {
             mirror.view.write(name, new.description.record.as_deref()).map_err(failed)?;
         }
@@ -162,7 +179,8 @@ impl Executor {
         let links = |shown: &Shown| shown.links().map(|(link, to)| (link.to_owned(), to)).collect::<BTreeSet<_>>();
         let (before, after) = (old.map(links).unwrap_or_default(), links(new));
         let gone = before.difference(&after).cloned().collect::<Vec<_>>();
-        let come = after.difference(&before).filter(|(link, _)| !taken.contains(link)).cloned().collect();
+        let is_there = |link| old.is_some_and(|old| old.is_done) && before.contains(link);
+        let come = after.iter().filter(|link| !is_there(*link) && !taken.contains(&link.0)).cloned().collect();
         self.link(holder, new, gone, come)
     }
 
@@ -225,12 +243,16 @@ impl Executor {
         let (Some(network), false) = (mirror.whose.network, actions.is_empty()) else { return };
         let Some(process) = Process::open_same(holder.pid, holder.start_time) else { return };
         let has_udevd = mirror.whose.has_udevd;
+        // Its udevd may have been done with the device before the node was there: it gives that an owner and a mode now.
+        let has_new_node = has_udevd && actions.iter().any(|(action, _)| *action == "add");
+        let again =
+            has_new_node.then(|| Message::Again(of_kernel("change", &shown.device.identity.devpath, shown.kernels())));
         let messages = actions.iter().flat_map(|(action, sequence)| {
             let kernels = of_kernel(action, &shown.device.identity.devpath, shown.kernels());
             let udevs = || of_udev(shown.properties(action, &sequence.to_string()));
             [Some(Message::Kernel(kernels)), (!has_udevd).then(|| Message::Udev(udevs()))]
         });
-        if let Err(error) = network::send(&process, network, messages.flatten().collect()) {
+        if let Err(error) = network::send(&process, network, messages.flatten().chain(again).collect()) {
             tracing::warn!(
                 container = holder.label(),
                 "those who listen inside are not told of {}: {error}",

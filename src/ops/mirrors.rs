@@ -26,6 +26,8 @@ pub(super) struct Mirror {
     pub(super) shown: BTreeMap<String, Shown>,
     /// The last event that those inside were told of each.
     pub(super) told: BTreeMap<String, u64>,
+    /// Entries that the hook has made, of which it is not known yet whether they stand for a grant.
+    pub(super) from_hook: Vec<String>,
 }
 
 impl Mirror {
@@ -50,7 +52,7 @@ impl Mirrors {
             } else {
                 let (shown, now) = (view.shown(), udev::sequence());
                 let told = shown.keys().map(|name| (name.clone(), now)).collect();
-                all.insert(whose.holder.id.clone(), Mirror { view, whose, shown, told });
+                all.insert(whose.holder.id.clone(), Mirror { view, whose, shown, told, from_hook: Vec::new() });
             }
         }
         Mirrors { all }
@@ -58,7 +60,8 @@ impl Mirrors {
 
     /// Whether anybody in this network namespace is shown that device.
     pub(super) fn are_told(&self, network: NetworkId, name: &str, identity: &Identity) -> bool {
-        let is_shown = |mirror: &Mirror| mirror.shown.get(name).is_some_and(|shown| shown.device.identity == *identity);
+        let is_it = |shown: &Shown| shown.is_done && shown.device.identity == *identity;
+        let is_shown = |mirror: &Mirror| mirror.shown.get(name).is_some_and(is_it);
         self.all.values().any(|mirror| mirror.whose.network == Some(network) && is_shown(mirror))
     }
 }
@@ -66,11 +69,24 @@ impl Mirrors {
 impl Executor {
     /// Lets a container that asks for devices see a view of udev's database, empty at first, if it wants to.
     pub fn prepare(&mut self, holder: &Holder, wish: Wish) {
-        self.ensure(holder, wish, true);
+        self.ensure(holder, Some(wish), true);
     }
 
-    /// Makes the container's mirror if there is none. Says whether there is one.
-    pub(super) fn ensure(&mut self, holder: &Holder, wish: Wish, asks: bool) -> bool {
+    /// What the hook has shown at the container's start and is no grant of it, now that its grants are known, is not shown
+    /// any more: the device went before anybody looked, or another container has it alone.
+    pub fn settle_start(&mut self, id: &str) {
+        let Some(mirror) = self.mirrors.all.get_mut(id) else { return };
+        for name in std::mem::take(&mut mirror.from_hook) {
+            if !mirror.shown.contains_key(&name)
+                && let Err(error) = mirror.view.strike(&name)
+            {
+                tracing::warn!("cannot write to {}: {error}", mirror.view.path().display());
+            }
+        }
+    }
+
+    /// Makes the container's mirror if there is none and its wish is known. Says whether there is one.
+    pub(super) fn ensure(&mut self, holder: &Holder, wish: Option<Wish>, asks: bool) -> bool {
         if let Some(mirror) = self.mirrors.all.get_mut(&holder.id)
             && mirror.whose.holder.is_same_run(holder)
         {
@@ -80,13 +96,19 @@ impl Executor {
             {
                 tracing::warn!(container = holder.label(), "{}", error.chain());
             }
-            return true;
+            if !mirror.whose.is_pending {
+                return true;
+            }
         }
-        self.unmirror(&holder.id);
+        let Some(wish) = wish else { return false };
+        let before = self.mirrors.all.remove(&holder.id);
+        // One that was interrupted has shown nothing.
+        before.into_iter().filter(|it| !it.whose.is_pending).for_each(|mirror| mirror.view.remove());
         match self.make_mirror(holder, wish, asks) {
             Ok((view, whose)) => {
+                let from_hook = view.entries();
                 let (shown, told) = Default::default();
-                self.mirrors.all.insert(holder.id.clone(), Mirror { view, whose, shown, told });
+                self.mirrors.all.insert(holder.id.clone(), Mirror { view, whose, shown, told, from_hook });
                 return true;
             }
             Err(Error::ContainerExited(_)) => {}
@@ -106,8 +128,16 @@ impl Executor {
         let new = View::create(&holder.id, holder.start_time)?;
         let network = (network != ours).then_some(network);
         let wants = wish != Wish::Never;
-        let mut whose =
-            Whose { holder: holder.clone(), network, asks, wants, has_udevd: false, sees_view: false, label: None };
+        let mut whose = Whose {
+            holder: holder.clone(),
+            network,
+            asks,
+            wants,
+            is_pending: wants,
+            has_udevd: false,
+            sees_view: false,
+            label: None,
+        };
         // Before the act, so that it is found.
         new.claim(&whose)?;
         if !wants {
@@ -122,11 +152,14 @@ impl Executor {
                 new.remove();
                 return Err(Error::ContainerExited(label));
             }
+            // It answers slowly, or is starting still: at the next occasion.
+            Err(error @ Error::TimedOut(_)) => return Err(error),
             Err(error) => {
                 tracing::warn!(container = holder.label(), "{RUN_UDEV} is not shown: {}", error.chain());
                 None
             }
         };
+        whose.is_pending = false;
         whose.has_udevd = at == Some(At::Own { has_udevd: true });
         whose.sees_view = matches!(at, Some(At::Ours(_)));
         // One that the hook has made is there from the start.

@@ -43,7 +43,8 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
     };
     let alone = |entry: &&Entry| {
         let grant = &entry.grant;
-        grant.exclusive && grant.device.identity == device.identity && !grant.holder.is_same_run(&holder)
+        let is_heard = [0, holder.user].contains(&grant.holder.user);
+        grant.exclusive && is_heard && grant.device.identity == device.identity && !grant.holder.is_same_run(&holder)
     };
     if let Some(entry) = executor.ledger.entries().find(alone) {
         let (holder, node) = (entry.grant.holder.label(), &device.node);
@@ -101,7 +102,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
     match executor.carry_out(&Change::Add(grant.clone())) {
         Ok(placement) => {
             let concern = (grant.holder.clone(), grant.device.clone());
-            executor.mirror(&[concern], &[], |_| Wish::of(container.annotations()));
+            executor.mirror(&[concern], &[], |_| Some(Wish::of(container.annotations())));
             Ok(GrantInfo::from(&Entry { grant, placement, left_over: None }))
         }
         Err(first) => {
@@ -216,7 +217,7 @@ pub fn detach(
         }
         let concern = (entry.grant.holder.clone(), entry.grant.device.clone());
         executor.carry_out(&Change::Remove { entry, unplugged: true })?;
-        executor.mirror(&[concern], &[], |_| Wish::Usual);
+        executor.mirror(&[concern], &[], |_| None);
         // The right counts at open(2): what is open already stays usable.
         let processes = match holder.has_filter() {
             true => executor.cgroups.processes_below(&holder.cgroup),
@@ -319,7 +320,7 @@ pub fn prune(executor: &mut Executor) {
         }
     }
     executor.restore_ended();
-    executor.mirror_all(|_| Wish::Usual);
+    executor.mirror_all(|_| None);
 }
 
 /// How the filter is, and the agent if this is one; `events` says where it hears of devices.

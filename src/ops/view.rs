@@ -49,6 +49,8 @@ pub(super) struct Whose {
     pub(super) asks: bool,
     /// Whether it wants to be shown or told anything.
     pub(super) wants: bool,
+    /// Whether it is not known yet what it sees, since whoever looks has not come to the end.
+    pub(super) is_pending: bool,
     /// Whether it has a udevd of its own, which tells those inside.
     pub(super) has_udevd: bool,
     /// Whether it sees the view.
@@ -120,14 +122,15 @@ impl View {
         Ok(renameat(directory, &*temporary, directory, name)?)
     }
 
-    /// All of the container with this id that are nobody's yet: the hook made them.
+    /// All of the container with this id that are nobody's yet: the hook made them, or whoever did was interrupted.
     pub(super) fn unclaimed(id: &str) -> Vec<View> {
         let start = format!("{}.", escaped(id));
         let is_its = |view: &View| {
             let name = view.directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             name.strip_prefix(&start).is_some_and(|tag| tag.bytes().all(|byte| byte.is_ascii_digit()))
         };
-        listed().into_iter().filter(|view| view.whose().is_none()).filter(is_its).collect()
+        let is_free = |view: &View| view.whose().is_none_or(|whose| whose.is_pending);
+        listed().into_iter().filter(is_its).filter(is_free).collect()
     }
 
     /// All that are somebody's.
@@ -149,7 +152,8 @@ impl View {
             let id = view.directory.file_stem().unwrap_or_default();
             STATES.iter().any(|states| Path::new(states).join(id).exists())
         };
-        let is_nobodys = |view: &View| is_old(view) && view.whose().is_none() && !has_state(view);
+        let is_free = |view: &View| !view.directory.join("holder.json").exists();
+        let is_nobodys = |view: &View| is_free(view) && is_old(view) && !has_state(view);
         listed().into_iter().filter(is_nobodys).for_each(View::remove);
     }
 
@@ -174,6 +178,12 @@ impl View {
     /// What tells that directory from others.
     pub(super) fn id(&self) -> io::Result<DirectoryId> {
         id_of(&self.path())
+    }
+
+    /// The names of the entries that it has.
+    pub(super) fn entries(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.path().join("data")).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
 
     /// What is shown, by the names of the entries.
@@ -232,6 +242,11 @@ impl View {
     /// Strikes out that a device is shown.
     pub(super) fn forget(&self, name: &str) -> io::Result<()> {
         files::remove(&self.directory.join("shown").join(format!("{name}.json")))
+    }
+
+    /// Removes the directory of all, when none is left.
+    pub(super) fn leave_nothing() {
+        let _ = fs::remove_dir(all());
     }
 
     /// Removes it, with all that it shows.

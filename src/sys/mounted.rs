@@ -129,8 +129,9 @@ fn make_useless(mapped: &Mapped<'_>, node: &OwnedFd, own_name: &str) -> io::Resu
     let _ = clear_read_only(node);
     // By the link in /proc: chmod of a descriptor for paths alone is no older than Linux 6.6.
     with_ownership(|| {
-        chmodat(&mapped.descriptors, own_name, Mode::empty(), AtFlags::empty())?;
+        // The owner first: until it is the host's root, that of the container could give the mode back.
         chownat(node, "", Some(Uid::ROOT), Some(Gid::ROOT), AtFlags::EMPTY_PATH)?;
+        chmodat(&mapped.descriptors, own_name, Mode::empty(), AtFlags::empty())?;
         Ok(())
     })
 }

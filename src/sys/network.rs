@@ -34,6 +34,8 @@ pub enum Message {
     /// As the kernel does. It is sent only where the kernel does not do so itself: to network namespaces that belong to
     /// another user namespace than the first (uevent_net_init, lib/kobject_uevent.c).
     Kernel(Vec<u8>),
+    /// The same, also where the kernel has sent its own.
+    Again(Vec<u8>),
 }
 
 /// The network namespace of a process.
@@ -57,7 +59,11 @@ fn id_of(pid: &str) -> io::Result<NetworkId> {
 /// A thread of its own joins the namespace and ends after that. Nobody who listens there can make it wait.
 pub fn send(process: &Process, network: NetworkId, messages: Vec<Message>) -> io::Result<()> {
     let pidfd = process.as_fd().try_clone_to_owned()?;
-    let root = (root_of(process.pid, "uid_map"), root_of(process.pid, "gid_map"));
+    // Where it has no root, libudev takes messages from nobody.
+    let (Some(uid), Some(gid)) = (root_of(process.pid, "uid_map"), root_of(process.pid, "gid_map")) else {
+        return Ok(());
+    };
+    let root = (uid, gid);
     let work = move || {
         setns(&pidfd, CloneFlags::CLONE_NEWNET)?;
         let namespace = File::open("/proc/thread-self/ns/net")?;
@@ -82,7 +88,7 @@ fn send_here(messages: &[Message], (uid, gid): (u32, u32), namespace: &File) -> 
             Message::Udev(bytes) => (bytes.clone(), NetlinkAddr::new(0, UDEV_GROUP)),
             Message::Kernel(_) if *is_kernels_own => continue,
             // To the kernel, which spreads it in this namespace (uevent_net_rcv_skb, lib/kobject_uevent.c).
-            Message::Kernel(bytes) => (with_header(bytes), NetlinkAddr::new(0, 0)),
+            Message::Kernel(bytes) | Message::Again(bytes) => (with_header(bytes), NetlinkAddr::new(0, 0)),
         };
         let parts = [io::IoSlice::new(&bytes)];
         match sendmsg(
@@ -125,13 +131,13 @@ fn belongs_to_the_first(namespace: &File) -> bool {
     owner.metadata().map_or(true, |stat| stat.ino() == INITIAL_USER_NAMESPACE)
 }
 
-/// Whom id 0 in the user namespace of a process stands for here. 0 where it has none of its own.
-fn root_of(pid: u32, map: &str) -> u32 {
+/// Whom id 0 in the user namespace of a process stands for here.
+fn root_of(pid: u32, map: &str) -> Option<u32> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/{map}")).unwrap_or_default();
     let lines = text.lines().map(|line| line.split_whitespace().map(|number| number.parse::<u32>()));
     let mut roots = lines.filter_map(|mut numbers| match (numbers.next()?.ok()?, numbers.next()?.ok()?) {
         (0, outside) => Some(outside),
         _ => None,
     });
-    roots.next().unwrap_or(0)
+    roots.next()
 }

@@ -104,8 +104,9 @@ fn a_user_gets_what_it_may_open(vm: &Vm) {
 /// By the unit as it is installed, in its sandbox: what is plugged in while the container runs.
 fn the_unit_serves_a_user(vm: &Vm) {
     let _installed = Installed::new(vm);
-    vm.ok("systemctl start qm-hotplug");
     let user = User::add(vm);
+    vm.ok("mkdir -p /etc/qm-hotplug/config.d; echo \"users = [$(id -u lab)]\" >/etc/qm-hotplug/config.d/users.toml");
+    vm.ok("systemctl start qm-hotplug");
     for runtime in ["crun", "runc"] {
         user.run(runtime, &format!("own-{runtime}"), ASKS_FOR_STICKS);
     }

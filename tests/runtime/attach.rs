@@ -218,11 +218,11 @@ fn list_shows_what_is_in_force(runtime: &str) {
     assert_eq!(rows[0][..4], ["CONTAINER", "PATH", "DEVICE", "NUMBER"]);
     assert_eq!(
         rows[1],
-        ["qmh-list-a", "/dev/loop51", "/dev/loop51", "b", "7:51", "rwm", "0660", "0:6", "ours", "manual"]
+        ["qmh-list-a", "/dev/loop51", "/dev/loop51", "b", "7:51", "rwm", "filter", "0660", "0:6", "ours", "manual"]
     );
     assert_eq!(
         rows[2],
-        ["qmh-list-b", "/dev/console9", "/dev/vcsa46", "c", "7:174", "r", "0620", "0:5", "ours", "manual"]
+        ["qmh-list-b", "/dev/console9", "/dev/vcsa46", "c", "7:174", "r", "filter", "0620", "0:5", "ours", "manual"]
     );
     assert_eq!(rows.len(), 3);
 }

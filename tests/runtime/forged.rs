@@ -14,7 +14,7 @@ use crate::selectors::asks;
 use crate::state::entries;
 use crate::support::podman::Container;
 use crate::support::user::{User, give};
-use crate::support::{Agent, agent_log, grants, qm, wait_for};
+use crate::support::{Agent, agent_log, grants, qm, serve_users, wait_for};
 
 pub(crate) const ONCE: &[CaseOnce] = &[
     ("forged::state_of_others_gets_nothing", state_of_others_gets_nothing),
@@ -31,6 +31,7 @@ const ALL: [(&str, &str); 3] = [
 ];
 
 fn alice() -> User {
+    serve_users(&[47_011, 47_012]);
     User::make("qmh-alice", 47_011)
 }
 

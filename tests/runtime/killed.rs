@@ -41,7 +41,7 @@ pub(crate) type Start = fn(&str, &str, &[&str]) -> Container;
 
 fn at_every_point() {
     // What libudev inside is shown is among what has to be exact.
-    let udevd = Udevd::start();
+    let udevd = Udevd::ended();
     for (minor, name) in [(169, "stick"), (170, "mine"), (171, "screen")] {
         udevd.record(&format!("c7:{minor}"), &format!("S:qmh/{name}\nI:1\nE:ID_MODEL={name}\nG:qmh\nV:1\n"));
     }

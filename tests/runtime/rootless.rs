@@ -1,6 +1,7 @@
 //! Containers of ordinary users, with rootless podman.
 
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -10,7 +11,7 @@ use crate::selectors::asks;
 use crate::state::entries;
 use crate::support::podman::Container;
 use crate::support::user::{Rootless, User};
-use crate::support::{Agent, CONFIGURATION, agent_log, configure, grants, qm, wait_for};
+use crate::support::{Agent, CONFIGURATION, agent_log, configure, grants, qm, serve_users, wait_for};
 
 pub(crate) const CASES: &[Case] = &[
     ("rootless::a_user_gets_what_he_may_open", a_user_gets_what_he_may_open),
@@ -18,12 +19,14 @@ pub(crate) const CASES: &[Case] = &[
     ("rootless::attach_is_roots_word", attach_is_roots_word),
     ("rootless::names_are_his_own", names_are_his_own),
     ("rootless::users_come_and_go", users_come_and_go),
+    ("rootless::who_is_not_named_is_not_served", who_is_not_named_is_not_served),
 ];
 
 /// The group `dialout`, which nobody is in.
 const DIALOUT: u32 = 20;
 
 fn alice() -> User {
+    serve_users(&[47_011, 47_012]);
     User::make("qmh-alice", 47_011)
 }
 
@@ -246,4 +249,27 @@ fn names_are_his_own(runtime: &str) {
     assert!(roots.opens("<>", &device.path));
     qm(&["detach", "qmh-bob@web", &device.path]).ok();
     assert!(roots.opens("<>", &device.path) && !his.opens(&device.path));
+}
+
+/// Whose containers are looked for is for root to say.
+fn who_is_not_named_is_not_served(runtime: &str) {
+    let (user, device) = (alice(), console(51).owned_by(0, 0, 0o666));
+    serve_users(&[47_012]);
+    let agent = Agent::start();
+    let c = user.start(runtime, "web", &[&asks("x", "devname=vcsa51")]);
+    std::thread::sleep(Duration::from_millis(500));
+    say_again(&device);
+    assert!(!qm(&["ps"]).ok().contains("qmh-alice@web"));
+    // root may attach something all the same, and that does not let the user's own word count.
+    qm(&["attach", "qmh-alice@web", "/dev/null", "/dev/mine"]).ok();
+    assert_eq!(has(&c), ["/dev/mine"]);
+    serve_users(&[47_011]);
+    agent.reload();
+    wait_for("his own", || has(&c) == ["/dev/mine", "/dev/vcsa51"]);
+    let later = user.start(runtime, "later", &[&asks("x", "devname=vcsa51")]);
+    wait_for("the next one's", || has(&later) == ["/dev/vcsa51"]);
+    serve_users(&[]);
+    agent.reload();
+    wait_for("them to go", || has(&later).is_empty());
+    agent.stop();
 }

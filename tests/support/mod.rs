@@ -65,6 +65,13 @@ pub fn configure(text: &str) {
     std::fs::write(CONFIGURATION, text).unwrap();
 }
 
+/// Has these ordinary users' containers looked for.
+pub fn serve_users(uids: &[u32]) {
+    let path = Path::new(CONFIGURATION).with_file_name("40-users.toml");
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, format!("users = {uids:?}\n")).unwrap();
+}
+
 /// Removes all configuration.
 pub fn unconfigure() {
     let _ = std::fs::remove_dir_all("/etc/qm-hotplug");

@@ -30,10 +30,16 @@ pub struct Udevd {
 impl Udevd {
     /// Starts it: from now on a device counts once this one has spoken of it.
     pub fn start() -> Udevd {
+        let udevd = Udevd::ended();
+        File::create(Path::new(RUN_UDEV).join("control")).unwrap();
+        udevd
+    }
+
+    /// What one has left that runs no more: a database. Devices count at the kernel's events.
+    pub fn ended() -> Udevd {
         fs::create_dir_all(RUN_UDEV).unwrap();
         mount(Some("none"), RUN_UDEV, Some("tmpfs"), MsFlags::empty(), Some("mode=0755")).unwrap();
         fs::create_dir(Path::new(RUN_UDEV).join("data")).unwrap();
-        File::create(Path::new(RUN_UDEV).join("control")).unwrap();
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkKObjectUEvent);
         Udevd { socket: socket.unwrap() }
