@@ -261,8 +261,7 @@ impl Registry {
         };
         tracing::debug!(container = container.label(), id = container.id, "known");
         let bounds = self.bounds_of(&container, holder.as_ref());
-        let (groups, no_groups, has_udevd) = Default::default();
-        let at_start = nodes_at_start(&container);
+        let (at_start, (groups, no_groups, has_udevd)) = (nodes_at_start(&container), Default::default());
         let known =
             Known { container, rules, bounds, holder, at_start, groups, no_groups, has_udevd, _init: init, token };
         self.containers.insert(known.container.id.clone(), known);
