@@ -26,7 +26,7 @@
 //! | [`sys`] | the kernel: BPF, cgroups, namespaces, device nodes, events; all the `unsafe` | `core` |
 //! | [`runtime`] | what each container runtime leaves on disk | `core`, `sys` |
 //! | [`log`] | the log, one line an event | `core` |
-//! | [`ops`] | carries out plans, keeps the ledger, explains and proves | the above, `config` |
+//! | [`ops`] | carries out plans, keeps the ledger, shows containers what udev knows, explains and proves | the above, `config` |
 //! | [`config`] | the host's configuration files | `core` |
 //! | [`agent`] | the service: one loop that observes, plans, executes; its socket | the above |
 //! | [`precreate`] | the OCI hook | `core`, `sys`, `runtime`, `ops`, `config` |
