@@ -46,7 +46,8 @@ impl Executor {
             let known: &Option<Description> = descriptions.entry(&device.identity).or_insert_with(describe);
             let Some(description) = known.clone() else { continue };
             let shown = Shown { device: device.clone(), node, description, is_done: true };
-            if self.ensure(holder, wish(holder), false) {
+            let is_known = self.mirrors.has(holder);
+            if is_known || self.ensure(holder, wish(holder), false) {
                 self.reveal(holder, shown, told, &mut relayed);
             }
         }

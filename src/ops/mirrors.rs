@@ -58,6 +58,12 @@ impl Mirrors {
         Mirrors { all }
     }
 
+    /// Whether it is known what this run of a container sees.
+    pub(super) fn has(&self, holder: &Holder) -> bool {
+        let is_its = |mirror: &Mirror| mirror.whose.holder.is_same_run(holder) && !mirror.whose.is_pending;
+        self.all.get(&holder.id).is_some_and(is_its)
+    }
+
     /// Whether anybody in this network namespace is shown that device.
     pub(super) fn are_told(&self, network: NetworkId, name: &str, identity: &Identity) -> bool {
         let is_it = |shown: &Shown| shown.is_done && shown.device.identity == *identity;
@@ -136,6 +142,7 @@ impl Executor {
             is_pending: wants,
             has_udevd: false,
             sees_view: false,
+            made: Vec::new(),
             label: None,
         };
         // Before the act, so that it is found.
@@ -144,8 +151,8 @@ impl Executor {
             return Ok((new, whose));
         }
         let at = match self.show_view(holder, &process, &new, &views, wish) {
-            Ok((at, label)) => {
-                whose.label = label;
+            Ok((at, label, made)) => {
+                (whose.label, whose.made) = (label, made);
                 Some(at)
             }
             Err(Error::ContainerExited(label)) => {
@@ -162,7 +169,8 @@ impl Executor {
         whose.is_pending = false;
         whose.has_udevd = at == Some(At::Own { has_udevd: true });
         whose.sees_view = matches!(at, Some(At::Ours(_)));
-        // One that the hook has made is there from the start.
+        // One that the hook has made is there from the start. What an interrupted one made is the new one itself.
+        views.retain(|view| view.path() != new.path());
         let is_at = |view: &View| matches!(at, Some(At::Ours(id)) if view.id().is_ok_and(|its| its == id));
         let mut view = match views.iter().position(is_at) {
             Some(at) => {
@@ -191,11 +199,14 @@ impl Executor {
         let is_its = |mirror: &&Mirror| mirror.whose.holder.is_same_run(holder);
         let Some(mirror) = self.mirrors.all.get(&holder.id).filter(is_its) else { return };
         let id = mirror.view.id().ok();
+        let made = mirror.whose.made.clone();
         if let (Some(process), Some(id)) = (Process::open_same(holder.pid, holder.start_time), id) {
             let removed =
                 own_descriptors().map_err(Error::host("look at our own descriptors")).and_then(|descriptors| {
-                    inside(holder.label(), &process, self.host, move |inside| hide(inside, &descriptors, RUN_UDEV, id))?
-                        .map_err(|error| node_error(holder, error))
+                    inside(holder.label(), &process, self.host, move |inside| {
+                        hide(inside, &descriptors, RUN_UDEV, id, &made)
+                    })?
+                    .map_err(|error| node_error(holder, error))
                 });
             match removed {
                 Ok(()) | Err(Error::ContainerExited(_)) => reached("mirror: a view is unmounted"),
@@ -212,7 +223,7 @@ impl Executor {
         new: &View,
         others: &[View],
         wish: Wish,
-    ) -> Result<(At, Option<String>)> {
+    ) -> Result<(At, Option<String>, Vec<String>)> {
         let is_now = || process.program().is_some_and(|name| name == "systemd");
         let runs_systemd = is_now() || holder.user == 0 && runtime::runs_systemd(&holder.id);
         let failed = |error| Error::host::<std::io::Error>(format!("clone {}", new.path().display()))(error);
@@ -223,8 +234,9 @@ impl Executor {
         let has_labels = label::is_on();
         inside(holder.label(), process, self.host, move |inside| {
             let keeps = || if wish == Wish::Always { Ok(None) } else { own(inside, RUN_UDEV, runs_systemd) };
-            let at = show(inside, &detached, RUN_UDEV, (&ours, hosts), keeps)?;
-            Ok((at, has_labels.then(|| label_of_files(inside)).flatten()))
+            let mut made = Vec::new();
+            let at = show(inside, &detached, RUN_UDEV, (&ours, hosts), keeps, &mut made)?;
+            Ok((at, has_labels.then(|| label_of_files(inside)).flatten(), made))
         })?
         .map_err(|error| node_error(holder, error))
     }

@@ -1,5 +1,7 @@
 //! What people ask for, done on the ledger and the kernel: the same with and without an agent.
 
+use std::cell::LazyCell;
+
 use crate::config;
 use crate::core::attachment::{Attached, Attachment, Lasting};
 use crate::core::container::{Container, Reference};
@@ -16,6 +18,7 @@ use crate::ops::Executor;
 use crate::ops::live::{hold, lookup};
 use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
+use crate::runtime;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
 use crate::sys::process::{holders_of, is_gone, sharing_mounts};
@@ -320,7 +323,12 @@ pub fn prune(executor: &mut Executor) {
         }
     }
     executor.restore_ended();
-    executor.mirror_all(|_| None);
+    // Looked for where somebody was killed between a grant and what is shown of it.
+    let containers = LazyCell::new(runtime::scan);
+    executor.mirror_all(|holder| {
+        let container = containers.iter().find(|container| container.id == holder.id);
+        Some(container.map_or(Wish::Usual, |container| Wish::of(container.annotations())))
+    });
 }
 
 /// How the filter is, and the agent if this is one; `events` says where it hears of devices.

@@ -55,6 +55,8 @@ pub(super) struct Whose {
     pub(super) has_udevd: bool,
     /// Whether it sees the view.
     pub(super) sees_view: bool,
+    /// Directories inside that were made for it, outermost first.
+    pub(super) made: Vec<String>,
     /// What SELinux calls its files, where it is on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) label: Option<String>,

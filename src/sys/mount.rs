@@ -10,13 +10,12 @@ use std::path::Path;
 
 use rustix::fs::{
     AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, StatxFlags, fstat, fstatvfs, mkdirat, openat, statat, statx,
-    unlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
 
 use crate::core::mountinfo::{peer_group, receiver};
-use crate::sys::directory::{resolve, split};
+use crate::sys::directory::{remove_directories, resolve, split};
 use crate::sys::group::own_descriptors;
 use crate::sys::label;
 use crate::sys::namespace::Inside;
@@ -107,13 +106,14 @@ pub fn label_of_files(inside: Inside<'_>) -> Option<String> {
 }
 
 /// Mounts the directory at this path, which is made where it is missing; unless one of `ours` is there already, or the
-/// host's own, or the container keeps it itself, which `keeps` tells.
+/// host's own, or the container keeps it itself, which `keeps` tells. What was `made` for it is pushed, outermost first.
 pub fn show(
     inside: Inside<'_>,
     detached: &Detached,
     path: &str,
     (ours, hosts): (&[DirectoryId], Option<DirectoryId>),
     keeps: impl FnOnce() -> Result<Option<At>, NodeError>,
+    made: &mut Vec<String>,
 ) -> Result<At, NodeError> {
     let failed = |what: &str| NodeError::failed(format!("{what} {path}"));
     let (above, _) = split(path);
@@ -137,7 +137,7 @@ pub fn show(
             return Ok(At::Hosts);
         }
     }
-    let directory = make_directory(inside, path)?;
+    let directory = make_directory(inside, path, made)?;
     let look = |source| NodeError::Failed { what: format!("look at the mount of {path}"), source };
     if let Some(place) = seen_on_host(&detached.descriptors, &directory).map_err(look)? {
         return Err(NodeError::Refused(format!(
@@ -153,9 +153,15 @@ pub fn show(
     Ok(At::Ours((stat.st_dev, stat.st_ino)))
 }
 
-/// Takes the mount of that directory away from this path, if it is there, and the empty directory under it. `descriptors`
-/// is our own `/proc/self/fd`.
-pub fn hide(inside: Inside<'_>, descriptors: &OwnedFd, path: &str, id: DirectoryId) -> Result<(), NodeError> {
+/// Takes the mount of that directory away from this path, if it is there, and the directories that were `made` for it, as far
+/// as they are empty. `descriptors` is our own `/proc/self/fd`.
+pub fn hide(
+    inside: Inside<'_>,
+    descriptors: &OwnedFd,
+    path: &str,
+    id: DirectoryId,
+    made: &[String],
+) -> Result<(), NodeError> {
     let failed = |what: &str| NodeError::failed(format!("{what} {path}"));
     let Some(directory) = resolve(inside, path)? else { return Ok(()) };
     let stat = fstat(&directory).map_err(failed("look at"))?;
@@ -165,22 +171,19 @@ pub fn hide(inside: Inside<'_>, descriptors: &OwnedFd, path: &str, id: Directory
     // The very mount, whatever the path means by now. This thread ends with its visit, so where it is does not matter.
     rustix::process::fchdir(descriptors).map_err(failed("find the mount of"))?;
     unmount(&*directory.as_raw_fd().to_string(), UnmountFlags::DETACH).map_err(failed("unmount"))?;
-    let (above, name) = split(path);
-    if let Some(above) = resolve(inside, above)? {
-        // One that is not empty was there before.
-        let _ = unlinkat(&above, name, AtFlags::REMOVEDIR);
-    }
+    remove_directories(inside, made);
     Ok(())
 }
 
 /// Opens a directory, which is made with those above it where it is missing.
-fn make_directory(inside: Inside<'_>, path: &str) -> Result<OwnedFd, NodeError> {
+fn make_directory(inside: Inside<'_>, path: &str, made: &mut Vec<String>) -> Result<OwnedFd, NodeError> {
     if let Some(directory) = resolve(inside, path)? {
         return Ok(directory);
     }
     let (above, name) = split(path);
-    match mkdirat(make_directory(inside, above)?, name, Mode::from_raw_mode(0o755)) {
-        Ok(()) | Err(Errno::EXIST) => {}
+    match mkdirat(make_directory(inside, above, made)?, name, Mode::from_raw_mode(0o755)) {
+        Ok(()) => made.push(path.to_owned()),
+        Err(Errno::EXIST) => {}
         Err(errno) => return Err(NodeError::failed(format!("make the directory {path}"))(errno)),
     }
     resolve(inside, path)?.ok_or_else(|| NodeError::Refused(format!("{path} vanished while it was made")))

@@ -140,6 +140,8 @@ fn trial(name: String, case: impl Fn() + Send + 'static) -> Trial {
 fn clean() {
     podman::remove_all();
     plug::remove_links();
+    // What the hook showed to containers that no agent saw.
+    let _ = std::fs::remove_dir_all("/run/qm-hotplug/udev");
     support::unconfigure();
     let _ = std::fs::remove_dir_all("/var/lib/qm-hotplug/attached");
     support::release();
