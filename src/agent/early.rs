@@ -6,9 +6,21 @@ use std::time::Instant;
 use crate::agent::reconcile::{carry_out, wanted};
 use crate::agent::registry::{Known, Registry};
 use crate::core::device::Device;
-use crate::core::ledger::Node;
+use crate::core::ledger::{Holder, Node};
 use crate::core::mirror::Wish;
 use crate::ops::Executor;
+
+impl Registry {
+    /// Whether the container wants to be shown what udev knows.
+    pub(super) fn wish(&self, holder: &Holder) -> Option<Wish> {
+        Some(Wish::of(self.containers.get(&holder.id)?.container.annotations()))
+    }
+
+    /// Whether a known container asks for anything.
+    pub(super) fn asks(&self, id: &str) -> Option<bool> {
+        self.containers.get(id).map(|known| !known.rules.is_empty())
+    }
+}
 
 /// Shows a container that asks for something what udev knows, and finds out whether it has a udevd of its own.
 pub(super) fn prepare(executor: &mut Executor, registry: &Registry, known: &Known) {

@@ -301,6 +301,9 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
         result = carry_out(executor, registry, request);
     }
     registry.keep(&executor.cgroups, executor.persisted.all());
+    if is_detach {
+        executor.follow_asking(|id| registry.asks(id));
+    }
     if matches!(request, Request::Attach(_)) {
         executor.ledger.entries().for_each(|entry| registry.follow(&executor.cgroups, &entry.grant.holder));
     }

@@ -47,6 +47,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     withdrawals::settle(executor, registry, &desired, |_, _| true, None);
     drop(carry_out(executor, registry, &desired, &observed, goes_with_node, None));
+    executor.follow_asking(|id| registry.asks(id));
     executor.mirror_all(|holder| registry.wish(holder));
     registry.containers.keys().for_each(|id| executor.settle_start(id));
     if !executor.ledger.lost().is_empty() {

@@ -18,7 +18,6 @@ use crate::core::device::Device;
 use crate::core::facts::Facts;
 use crate::core::ledger::{Grant, Holder};
 use crate::core::matcher::Asking;
-use crate::core::mirror::Wish;
 use crate::core::policy::Bounds;
 use crate::core::rule::Rule;
 use crate::core::selection::{Group, Selection};
@@ -310,11 +309,6 @@ impl Registry {
     fn bounds_of(&self, container: &Container, holder: Option<&Holder>) -> Bounds {
         let policies = &self.settings.policies;
         policies.bounds(&subject(container, holder, policies.look_at_images()))
-    }
-
-    /// Whether the container wants to be shown what udev knows.
-    pub(super) fn wish(&self, holder: &Holder) -> Option<Wish> {
-        Some(Wish::of(self.containers.get(&holder.id)?.container.annotations()))
     }
 
     /// Looks again at containers that ask for something and could not be worked on when they were last looked at: they

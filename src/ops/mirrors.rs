@@ -186,6 +186,21 @@ impl Executor {
         Ok((view, whose))
     }
 
+    /// Takes the view from those of whom `asks` says that they ask for nothing any more, and that have nothing either.
+    pub fn follow_asking(&mut self, asks: impl Fn(&str) -> Option<bool>) {
+        let mut over = Vec::new();
+        for (id, mirror) in &mut self.mirrors.all {
+            if mirror.whose.asks && asks(id) == Some(false) {
+                mirror.whose.asks = false;
+                if let Err(error) = mirror.view.claim(&mirror.whose) {
+                    tracing::warn!(container = mirror.whose.holder.label(), "{}", error.chain());
+                }
+                over.push(mirror.whose.holder.clone());
+            }
+        }
+        over.iter().for_each(|holder| self.close_unless_asked(holder));
+    }
+
     /// What was shown only for what was attached goes with it.
     pub(super) fn close_unless_asked(&mut self, holder: &Holder) {
         let is_over = |mirror: &Mirror| mirror.shown.is_empty() && !mirror.whose.asks;
