@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 pub const NEEDED: [(Capability, &str); 9] = [
     (
         Capability::CAP_SYS_ADMIN,
-        "to load device programs, to join mount namespaces, and to mount nodes in those of user namespaces",
+        "to load device programs, to join mount and network namespaces, to show /run/udev, and to mount nodes in those of user namespaces",
     ),
     (Capability::CAP_SYS_CHROOT, "to join mount namespaces"),
     (Capability::CAP_MKNOD, "to make device nodes"),
@@ -19,8 +19,14 @@ pub const NEEDED: [(Capability, &str); 9] = [
         "to write into a container's /dev, whatever its permissions, and to read the runtimes' state",
     ),
     (Capability::CAP_SYS_PTRACE, "to look at a container's root through /proc"),
-    (Capability::CAP_SETUID, "to make files as the root of a user namespace, and to ask as the user of a container"),
-    (Capability::CAP_SETGID, "to make files as the root of a user namespace, and to ask as the user of a container"),
+    (
+        Capability::CAP_SETUID,
+        "to tell programs of devices as root of theirs, to make files as the root of a user namespace, and to ask as the user of a container",
+    ),
+    (
+        Capability::CAP_SETGID,
+        "to tell programs of devices as root of theirs, to make files as the root of a user namespace, and to ask as the user of a container",
+    ),
 ];
 
 /// What the agent keeps beside these, where it has it: a receive buffer that holds a storm of events (SO_RCVBUFFORCE).

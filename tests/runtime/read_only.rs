@@ -17,8 +17,11 @@ pub(crate) const CASES: &[Case] = &[
     ("read_only::a_directory_of_the_hosts_below_dev", a_directory_of_the_hosts),
 ];
 
+/// How a container is started.
+type Start = fn(&str, &str, &[&str]) -> Container;
+
 /// With a user namespace and without.
-const STARTS: [fn(&str, &str, &[&str]) -> Container; 2] = [Container::start, Container::start_mapped];
+const STARTS: [Start; 2] = [Container::start, Container::start_mapped];
 
 /// Attached at that path it opens, and after `detach` nothing is left of it.
 #[track_caller]
