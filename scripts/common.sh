@@ -39,9 +39,11 @@ install_missing() {
     need_root "installing ${missing[*]}" "apt-get writes to the system"
     say "installing Debian packages: ${missing[*]}"
 
-    local log
+    local log apt
     log=$(mktemp)
-    # Another apt may be at work; wait for its lock rather than fail.
+    # Another one of these scripts, or another apt, may be at work; wait for its lock rather than fail.
+    exec {apt}>/run/lock/qm-hotplug-apt
+    flock "$apt"
     if ! {
         apt-get -qq -o DPkg::Lock::Timeout=300 update &&
             DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 \
@@ -51,5 +53,6 @@ install_missing() {
         rm -f "$log"
         die "could not install: ${missing[*]} (apt's output is above)"
     fi
+    exec {apt}>&-
     rm -f "$log"
 }
