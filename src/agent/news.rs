@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn of_what_has_happened_the_last_counts() {
-        let told = |sequence| Told { action: "change", sequence };
+        let told = |sequence| Told { action: "change", sequence, of_whole: false };
         let plugged = |minor| What::Plugged(Box::new(device("/dev/x", 189, minor)), vec![told(1)]);
         let again = |all: &[u64]| {
             let told = all.iter().map(|sequence| told(*sequence)).collect();

@@ -288,16 +288,16 @@ impl Watch {
     fn read_udev(&mut self) -> io::Result<()> {
         for _ in 0..AT_ONCE {
             let at = Instant::now();
-            let device = match self.udev.receive()? {
+            let devices = match self.udev.receive()? {
                 Received::Message(message) => udev::by_message(message),
-                Received::Nothing => None,
+                Received::Nothing => Vec::new(),
                 Received::Lost => {
                     self.tell(What::Lost);
-                    None
+                    Vec::new()
                 }
                 Received::Empty => return Ok(()),
             };
-            if let Some((device, told)) = device {
+            for (device, told) in devices {
                 self.tell_at(at, What::Plugged(Box::new(device), vec![told]));
             }
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::core::annotation::UDEV;
-use crate::core::device::{Kind, Number};
+use crate::core::device::Number;
 use crate::core::ledger::Granted;
 
 /// Where udev's database is, on the host as inside.
@@ -33,17 +33,29 @@ impl Wish {
     }
 }
 
-/// What the host knows of a device.
+/// What udev tells of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Description {
+pub struct Profile {
+    /// The device's directory below `/sys`.
+    pub devpath: String,
     /// All properties, as libudev gives them.
     pub properties: BTreeMap<String, String>,
     /// The kernel's own, as they stand in the device's file `uevent` below `/sys`.
     pub uevent: String,
     /// Its entry in udev's database; `None` where no udevd has made one.
     pub record: Option<String>,
+}
+
+/// What the host knows of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Description {
+    /// Of the device itself.
+    pub profile: Profile,
     /// Links below `/dev` that lead to its node on the host.
     pub links: Vec<String>,
+    /// The device without a node that it is a part of: a sound card, of which PulseAudio and PipeWire want to hear, or an
+    /// input device.
+    pub whole: Option<Profile>,
 }
 
 /// A device as it is shown to a container.
@@ -76,29 +88,36 @@ impl Shown {
         let links = self.description.links.iter().filter(|link| **link != self.node);
         links.filter_map(|link| Some((link.as_str(), relative(link, &self.node)?)))
     }
+}
+
+impl Profile {
+    /// The name of the entry in udev's database of a device without a node (systemd's sd-device.c): `+sound:card0`.
+    pub fn name(&self) -> String {
+        let name = self.devpath.rsplit('/').next().unwrap_or_default();
+        format!("+{}:{name}", self.subsystem())
+    }
+
+    /// libudev drops messages without one.
+    fn subsystem(&self) -> &str {
+        self.properties.get("SUBSYSTEM").map_or("unknown", String::as_str)
+    }
 
     /// udev's message: what happened, and all that is known of the device.
-    pub fn properties<'a>(
+    pub fn message<'a>(
         &'a self,
         action: &'a str,
         sequence: &'a str,
     ) -> impl Iterator<Item = (&'a str, &'a str)> + Clone {
-        let Granted { number, identity, .. } = &self.device;
-        let known = &self.description.properties;
-        let own = [("ACTION", action), ("DEVPATH", &*identity.devpath), ("SEQNUM", sequence)];
-        // libudev drops what has none of these.
-        let subsystem = if number.kind == Kind::Block { "block" } else { "unknown" };
-        let needed = (!known.contains_key("SUBSYSTEM")).then_some(("SUBSYSTEM", subsystem));
-        let others = known.iter().map(|(key, value)| (key.as_str(), value.as_str()));
-        let others = others.filter(|(key, _)| !matches!(*key, "ACTION" | "DEVPATH" | "SEQNUM"));
-        own.into_iter().chain(needed).chain(others)
+        let own =
+            [("ACTION", action), ("DEVPATH", &*self.devpath), ("SEQNUM", sequence), ("SUBSYSTEM", self.subsystem())];
+        let others = self.properties.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+        own.into_iter().chain(others.filter(move |(key, _)| !own.iter().any(|(its, _)| its == key)))
     }
 
     /// The kernel's own message, without what comes first and last.
     pub fn kernels(&self) -> impl Iterator<Item = (&str, &str)> + Clone {
-        let subsystem = self.description.properties.get("SUBSYSTEM").map(|name| ("SUBSYSTEM", name.as_str()));
-        let lines = self.description.uevent.lines().filter_map(|line| line.split_once('='));
-        subsystem.into_iter().chain(lines)
+        let lines = self.uevent.lines().filter_map(|line| line.split_once('='));
+        std::iter::once(("SUBSYSTEM", self.subsystem())).chain(lines)
     }
 }
 
@@ -123,6 +142,8 @@ pub struct Told {
     pub action: &'static str,
     /// The number of the event, counted by the kernel.
     pub sequence: u64,
+    /// Whether it is about the device that this one is a part of.
+    pub of_whole: bool,
 }
 
 #[cfg(test)]
@@ -136,7 +157,9 @@ mod tests {
         let properties =
             [("SUBSYSTEM", "tty"), ("ACTION", "x"), ("ID_MODEL", "m")].map(|(k, v)| (k.to_owned(), v.to_owned()));
         let uevent = "MAJOR=188\nMINOR=0\nDEVNAME=ttyUSB0\n".to_owned();
-        let description = Description { properties: properties.into(), uevent, record: None, links };
+        let devpath = device.identity.devpath.clone();
+        let profile = Profile { devpath, properties: properties.into(), uevent, record: None };
+        let description = Description { profile, links, whole: None };
         Shown { device: Granted::from(&device), node: node.into(), description, is_done: true }
     }
 
@@ -152,14 +175,21 @@ mod tests {
 
     #[test]
     fn a_message_has_what_libudev_needs_once() {
-        let shown = shown("/dev/ttyUSB0", &[]);
-        let all: Vec<_> = shown.properties("remove", "12").collect();
-        let devpath = shown.device.identity.devpath.as_str();
+        let profile = shown("/dev/ttyUSB0", &[]).description.profile;
+        let all: Vec<_> = profile.message("remove", "12").collect();
+        let devpath = profile.devpath.as_str();
         let expected =
-            [("ACTION", "remove"), ("DEVPATH", devpath), ("SEQNUM", "12"), ("ID_MODEL", "m"), ("SUBSYSTEM", "tty")];
+            [("ACTION", "remove"), ("DEVPATH", devpath), ("SEQNUM", "12"), ("SUBSYSTEM", "tty"), ("ID_MODEL", "m")];
         assert_eq!(all, expected);
-        let kernels: Vec<_> = shown.kernels().collect();
+        let kernels: Vec<_> = profile.kernels().collect();
         assert_eq!(kernels, [("SUBSYSTEM", "tty"), ("MAJOR", "188"), ("MINOR", "0"), ("DEVNAME", "ttyUSB0")]);
+    }
+
+    #[test]
+    fn what_has_no_node_is_named_by_its_subsystem() {
+        let properties = [("SUBSYSTEM".to_owned(), "sound".to_owned())].into();
+        let card = Profile { devpath: "/devices/pci/sound/card0".into(), properties, ..Profile::default() };
+        assert_eq!(card.name(), "+sound:card0");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::core::ledger::{Entry, Granted, Holder, Node};
-use crate::core::mirror::{Description, Shown, Told, Wish, record_name};
+use crate::core::mirror::{Description, Profile, Shown, Told, Wish, record_name};
 use crate::core::udev_message::{of_kernel, of_udev};
 use crate::error::{Error, Result};
 use crate::ops::rebuild::directories;
@@ -111,8 +111,9 @@ impl Executor {
         let Some(mirror) = self.mirrors.all.get_mut(&holder.id).filter(|mirror| mirror.whose.wants) else { return };
         // What was on its way when the device was shown is known to those inside.
         let last = mirror.told.get(&name).copied().unwrap_or(0);
-        let told: Vec<Told> = told.iter().filter(|told| told.sequence > last).copied().collect();
-        if old.as_ref() == Some(&new) && told.is_empty() {
+        let (of_whole, told): (Vec<Told>, Vec<Told>) = told.iter().partition(|told| told.of_whole);
+        let told: Vec<Told> = told.into_iter().filter(|told| told.sequence > last).collect();
+        if old.as_ref() == Some(&new) && told.is_empty() && of_whole.is_empty() {
             return;
         }
         let latest = told.iter().map(|told| told.sequence).max();
@@ -132,25 +133,28 @@ impl Executor {
                 error.chain()
             );
         }
+        self.reveal_whole(holder, &new, &of_whole, latest);
         let Some(network) = network else { return self.complete(holder, &name) };
         // Those who listen to the namespace of several containers hear each event once.
         let is_relayed = !relayed.insert((network, name.clone()));
-        let current = || Told { action: "change", sequence: udev::sequence() };
+        let current = || ("change", udev::sequence());
+        let is_as_before = |old: &Description| old.profile == new.description.profile;
         // Where somebody was killed at it, those inside may know nothing.
+        let told: Vec<_> = told.iter().map(|told| (told.action, told.sequence)).collect();
         let actions = match (old.as_ref().filter(|old| old.is_done), &*told) {
             (None, _) if is_first => {
-                let sequence =
-                    told.iter().find(|told| told.action == "add").map_or_else(udev::sequence, |it| it.sequence);
-                let others = told.iter().filter(|told| told.action != "add").copied();
-                [Told { action: "add", sequence }].into_iter().chain(others).collect()
+                let add =
+                    told.iter().find(|told| told.0 == "add").copied().unwrap_or_else(|| ("add", udev::sequence()));
+                let others = told.iter().filter(|told| told.0 != "add").copied();
+                [add].into_iter().chain(others).collect()
             }
             (None, _) => Vec::new(),
             _ if is_relayed => Vec::new(),
-            (Some(old), []) if old.description == new.description => Vec::new(),
+            (Some(old), []) if is_as_before(&old.description) => Vec::new(),
             (Some(_), []) => vec![current()],
             (Some(_), told) => told.to_vec(),
         };
-        self.tell(holder, &new, &actions.iter().map(|told| (told.action, told.sequence)).collect::<Vec<_>>());
+        self.tell(holder, &new.description.profile, &actions);
         self.complete(holder, &name);
     }
 
@@ -172,7 +176,7 @@ impl Executor {
         mirror.view.note(name, &noted).map_err(failed)?;
         mirror.shown.insert(name.to_owned(), noted);
         if mirror.whose.sees_view {
-            mirror.view.write(name, new.description.record.as_deref()).map_err(failed)?;
+            mirror.view.write(name, new.description.profile.record.as_deref()).map_err(failed)?;
         }
         if mirror.whose.has_udevd {
             return Ok(());
@@ -229,8 +233,9 @@ impl Executor {
             }
         }
         if network.is_some_and(|network| !self.mirrors.are_told(network, name, &shown.device.identity)) {
-            self.tell(holder, &shown, &[("remove", udev::sequence())]);
+            self.tell(holder, &shown.description.profile, &[("remove", udev::sequence())]);
         }
+        self.hide_whole(holder, &shown);
         if let Some(mirror) = self.mirrors.all.get(&holder.id)
             && let Err(error) = mirror.view.forget(name)
         {
@@ -239,25 +244,24 @@ impl Executor {
     }
 
     /// Tells those who listen in the container's network namespace.
-    fn tell(&self, holder: &Holder, shown: &Shown, actions: &[(&str, u64)]) {
+    pub(super) fn tell(&self, holder: &Holder, profile: &Profile, actions: &[(&str, u64)]) {
         let Some(mirror) = self.mirrors.all.get(&holder.id) else { return };
         let (Some(network), false) = (mirror.whose.network, actions.is_empty()) else { return };
         let Some(process) = Process::open_same(holder.pid, holder.start_time) else { return };
         let has_udevd = mirror.whose.has_udevd;
         // Its udevd may have been done with the device before the node was there: it gives that an owner and a mode now.
         let has_new_node = has_udevd && actions.iter().any(|(action, _)| *action == "add");
-        let again =
-            has_new_node.then(|| Message::Again(of_kernel("change", &shown.device.identity.devpath, shown.kernels())));
+        let kernels = |action: &str| of_kernel(action, &profile.devpath, profile.kernels());
+        let again = has_new_node.then(|| Message::Again(kernels("change")));
         let messages = actions.iter().flat_map(|(action, sequence)| {
-            let kernels = of_kernel(action, &shown.device.identity.devpath, shown.kernels());
-            let udevs = || of_udev(shown.properties(action, &sequence.to_string()));
-            [Some(Message::Kernel(kernels)), (!has_udevd).then(|| Message::Udev(udevs()))]
+            let udevs = || of_udev(profile.message(action, &sequence.to_string()));
+            [Some(Message::Kernel(kernels(action))), (!has_udevd).then(|| Message::Udev(udevs()))]
         });
         if let Err(error) = network::send(&process, network, messages.flatten().chain(again).collect()) {
             tracing::warn!(
                 container = holder.label(),
                 "those who listen inside are not told of {}: {error}",
-                shown.device.node
+                profile.devpath
             );
         }
     }

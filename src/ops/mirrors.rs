@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use crate::core::device::Identity;
 use crate::core::ledger::Holder;
-use crate::core::mirror::{RUN_UDEV, Shown, Wish};
+use crate::core::mirror::{Profile, RUN_UDEV, Shown, Wish};
 use crate::error::{Error, Result};
 use crate::failpoint::reached;
 use crate::ops::view::{View, Whose};
@@ -24,6 +24,8 @@ pub(super) struct Mirror {
     pub(super) whose: Whose,
     /// By the names of the database's entries.
     pub(super) shown: BTreeMap<String, Shown>,
+    /// The devices without a node that these are parts of, by the same.
+    pub(super) wholes: BTreeMap<String, Profile>,
     /// The last event that those inside were told of each.
     pub(super) told: BTreeMap<String, u64>,
     /// Entries that the hook has made, of which it is not known yet whether they stand for a grant.
@@ -51,8 +53,12 @@ impl Mirrors {
                 view.remove();
             } else {
                 let (shown, now) = (view.shown(), udev::sequence());
-                let told = shown.keys().map(|name| (name.clone(), now)).collect();
-                all.insert(whose.holder.id.clone(), Mirror { view, whose, shown, told, from_hook: Vec::new() });
+                let parts = shown.values().filter(|shown| shown.is_done);
+                let wholes = parts.filter_map(|shown| shown.description.whole.clone());
+                let wholes: BTreeMap<String, Profile> = wholes.map(|whole| (whole.name(), whole)).collect();
+                let told = shown.keys().chain(wholes.keys()).map(|name| (name.clone(), now)).collect();
+                let id = whose.holder.id.clone();
+                all.insert(id, Mirror { view, whose, shown, wholes, told, from_hook: Vec::new() });
             }
         }
         Mirrors { all }
@@ -68,7 +74,21 @@ impl Mirrors {
     pub(super) fn are_told(&self, network: NetworkId, name: &str, identity: &Identity) -> bool {
         let is_it = |shown: &Shown| shown.is_done && shown.device.identity == *identity;
         let is_shown = |mirror: &Mirror| mirror.shown.get(name).is_some_and(is_it);
-        self.all.values().any(|mirror| mirror.whose.network == Some(network) && is_shown(mirror))
+        self.those_in(network).any(is_shown)
+    }
+
+    /// Whether anybody in this network namespace is shown the device without a node that has this name.
+    pub(super) fn know_whole(&self, network: NetworkId, name: &str) -> bool {
+        self.those_in(network).any(|mirror| mirror.wholes.contains_key(name))
+    }
+
+    /// The last event of a device that those in this network namespace were told of.
+    pub(super) fn last_told(&self, network: NetworkId, name: &str) -> u64 {
+        self.those_in(network).filter_map(|mirror| mirror.told.get(name).copied()).max().unwrap_or(0)
+    }
+
+    fn those_in(&self, network: NetworkId) -> impl Iterator<Item = &Mirror> {
+        self.all.values().filter(move |mirror| mirror.whose.network == Some(network))
     }
 }
 
@@ -84,6 +104,7 @@ impl Executor {
         let Some(mirror) = self.mirrors.all.get_mut(id) else { return };
         for name in std::mem::take(&mut mirror.from_hook) {
             if !mirror.shown.contains_key(&name)
+                && !mirror.wholes.contains_key(&name)
                 && let Err(error) = mirror.view.strike(&name)
             {
                 tracing::warn!("cannot write to {}: {error}", mirror.view.path().display());
@@ -113,8 +134,8 @@ impl Executor {
         match self.make_mirror(holder, wish, asks) {
             Ok((view, whose)) => {
                 let from_hook = view.entries();
-                let (shown, told) = Default::default();
-                self.mirrors.all.insert(holder.id.clone(), Mirror { view, whose, shown, told, from_hook });
+                let (shown, wholes, told) = Default::default();
+                self.mirrors.all.insert(holder.id.clone(), Mirror { view, whose, shown, wholes, told, from_hook });
                 return true;
             }
             Err(Error::ContainerExited(_)) => {}

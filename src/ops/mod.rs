@@ -13,6 +13,7 @@ pub mod request;
 pub mod store;
 pub mod verify;
 pub(crate) mod view;
+mod whole;
 mod withdrawal;
 
 use std::path::Path;

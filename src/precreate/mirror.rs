@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use serde_json::Value;
 
 use crate::core::device::Number;
-use crate::core::mirror::{RUN_UDEV, Wish, record_name};
+use crate::core::mirror::{RUN_UDEV, Wish};
 use crate::core::spec;
 use crate::ops::view::View;
 use crate::sys::host::is_initial_user_namespace;
@@ -40,8 +40,10 @@ pub(super) fn show(spec: &mut Value, wish: Wish, granted: &[Number]) -> bool {
         tracing::warn!("{RUN_UDEV} cannot be given the label {label}: {error}");
     }
     for number in granted {
-        if let Err(error) = view.write(&record_name(*number), udev::record(*number).as_deref()) {
-            tracing::warn!(device = %number, "{RUN_UDEV} does not show it: {error}");
+        for (name, record) in udev::records(*number) {
+            if let Err(error) = view.write(&name, record.as_deref()) {
+                tracing::warn!(device = %number, "{RUN_UDEV} does not show it: {error}");
+            }
         }
     }
     View::sweep();

@@ -9,7 +9,7 @@ use udev::Enumerator;
 
 use crate::core::device::{Device, Identity, Kind, Number};
 use crate::core::ledger::Granted;
-use crate::core::mirror::{ACTIONS, Description, RUN_UDEV, Told, record_name};
+use crate::core::mirror::{ACTIONS, Description, Profile, RUN_UDEV, Told, record_name};
 use crate::core::uevent::{Uevent, parse_udev};
 use crate::error::{Error, Result};
 use crate::sys::node::{number_of, what_is};
@@ -95,16 +95,44 @@ pub fn by_event(event: &Uevent) -> Option<Device> {
     by_directory(&PathBuf::from(format!("/sys{}", event.devpath))).filter(|device| device.number == event.number)
 }
 
-/// The device that a message of udev's says is there or has changed, if it has a node, and what happened. What it is,
-/// sysfs and udev's database tell, not the message.
-pub fn by_message(message: &[u8]) -> Option<(Device, Told)> {
-    let message = parse_udev(message)?;
-    let action = ACTIONS.into_iter().find(|action| *action == message.action)?;
-    let device = udev::Device::from_syspath(Path::new(&format!("/sys{}", message.devpath))).ok()?;
-    // udevd writes its database before it tells; somebody else may have told.
-    let device = owned(&device).filter(|_| !is_running() || device.is_initialized())?;
+/// The device that a message of udev's says is there or has changed, and what happened. For one without a node, those of
+/// its parts that have one. What they are, sysfs and udev's database tell, not the message.
+pub fn by_message(message: &[u8]) -> Vec<(Device, Told)> {
+    let Some(message) = parse_udev(message) else { return Vec::new() };
+    let Some(action) = ACTIONS.into_iter().find(|action| *action == message.action) else { return Vec::new() };
+    let Ok(device) = udev::Device::from_syspath(Path::new(&format!("/sys{}", message.devpath))) else {
+        return Vec::new();
+    };
+    let of_whole = !has_node(&device);
     // The kernel has counted no further, whatever somebody says.
-    Some((device, Told { action, sequence: message.sequence.min(sequence()) }))
+    let told = Told { action, sequence: message.sequence.min(sequence()), of_whole };
+    let has_udevd = is_running();
+    let all = if of_whole { parts(&device) } else { vec![device] };
+    // udevd writes its database before it tells; somebody else may have told.
+    let settled = all.iter().filter(|device| !has_udevd || device.is_initialized());
+    settled.filter_map(owned).map(|device| (device, told)).collect()
+}
+
+fn has_node(device: &udev::Device) -> bool {
+    device.devnum().is_some_and(|devnum| devnum != 0)
+}
+
+/// What has a node and lies in the directory of a device without one, and belongs to the same subsystem.
+fn parts(whole: &udev::Device) -> Vec<udev::Device> {
+    let names = std::fs::read_dir(whole.syspath()).into_iter().flatten().flatten();
+    let directories = names.map(|entry| entry.path()).filter(|path| path.join("dev").exists());
+    let devices = directories.filter_map(|path| udev::Device::from_syspath(&path).ok());
+    devices.filter(|device| is_part_of(device, whole)).collect()
+}
+
+fn is_part_of(device: &udev::Device, whole: &udev::Device) -> bool {
+    let is_same = device.subsystem().is_some() && device.subsystem() == whole.subsystem();
+    is_same && has_node(device) && !has_node(whole)
+}
+
+/// The device without a node that this one is a part of.
+fn whole_of(device: &udev::Device) -> Option<udev::Device> {
+    device.parent().filter(|parent| is_part_of(device, parent))
 }
 
 /// The device whose directory this is, below `/sys`, if it has a node.
@@ -124,24 +152,40 @@ const LONGEST_RECORD: u64 = 256 << 10;
 /// What the host knows of a device, for those in containers who ask libudev. `None` where it is not this very one any
 /// more.
 pub fn describe(device: &Granted) -> Option<Description> {
-    let directory = format!("/sys{}", device.identity.devpath);
-    let known = udev::Device::from_syspath(Path::new(&directory)).ok()?;
-    let mut description = Description {
-        properties: properties(&known),
-        uevent: std::fs::read_to_string(format!("{directory}/uevent")).ok()?,
-        record: record(device.number),
-        links: Vec::new(),
-    };
+    let known = udev::Device::from_syspath(Path::new(&format!("/sys{}", device.identity.devpath))).ok()?;
+    let profile = profile(&known)?;
     // Several devices may claim a link; one has it.
-    let links = description.properties.get("DEVLINKS").map(|all| all.split_whitespace()).into_iter().flatten();
+    let links = profile.properties.get("DEVLINKS").map(|all| all.split_whitespace()).into_iter().flatten();
     let is_its = |link: &&str| std::fs::canonicalize(link).is_ok_and(|node| node == Path::new(&device.node));
-    description.links = links.filter(|link| link.starts_with("/dev/")).filter(is_its).map(str::to_owned).collect();
-    is_present(&device.identity).then_some(description)
+    let links = links.filter(|link| link.starts_with("/dev/")).filter(is_its).map(str::to_owned).collect();
+    let whole = whole_of(&known).and_then(|whole| self::profile(&whole));
+    is_present(&device.identity).then_some(Description { profile, links, whole })
 }
 
-/// The entry of udev's database on the device with that number, if there is one.
-pub fn record(number: Number) -> Option<String> {
-    let file = std::fs::File::open(format!("{RUN_UDEV}/data/{}", record_name(number))).ok()?;
+fn profile(device: &udev::Device) -> Option<Profile> {
+    let mut profile = Profile {
+        devpath: device.devpath().to_str()?.to_owned(),
+        properties: properties(device),
+        uevent: std::fs::read_to_string(device.syspath().join("uevent")).ok()?,
+        record: None,
+    };
+    let devnum = device.devnum().filter(|devnum| *devnum != 0);
+    let number = devnum.map(|devnum| number(device, devnum));
+    profile.record = record(&number.map_or_else(|| profile.name(), record_name));
+    Some(profile)
+}
+
+/// The entries of udev's database on the device that has this number now, and on the one that it is a part of, by their
+/// names.
+pub fn records(number: Number) -> Vec<(String, Option<String>)> {
+    let whole = known(number).ok().and_then(|device| profile(&whole_of(&device)?)).map(|it| (it.name(), it.record));
+    let name = record_name(number);
+    let own = record(&name);
+    [(name, own)].into_iter().chain(whole).collect()
+}
+
+fn record(name: &str) -> Option<String> {
+    let file = std::fs::File::open(format!("{RUN_UDEV}/data/{name}")).ok()?;
     let mut text = String::new();
     file.take(LONGEST_RECORD).read_to_string(&mut text).ok().map(|_| text)
 }
@@ -177,8 +221,7 @@ fn owned(device: &udev::Device) -> Option<Device> {
     let devnum = device.devnum().filter(|devnum| *devnum != 0)?;
     let node = device.devnode()?.to_str()?.to_owned();
     let subsystem = device.subsystem().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-    let kind = if subsystem == "block" { Kind::Block } else { Kind::Char };
-    let number = Number { kind, major: rustix::fs::major(devnum), minor: rustix::fs::minor(devnum) };
+    let number = number(device, devnum);
     let stat = lstat(&node).ok().filter(|stat| number_of(stat) == Some(number))?;
     Some(Device {
         number,
@@ -190,6 +233,12 @@ fn owned(device: &udev::Device) -> Option<Device> {
         mode: stat.st_mode & 0o777,
         properties: properties(device),
     })
+}
+
+fn number(device: &udev::Device, devnum: u64) -> Number {
+    let is_block = device.subsystem().is_some_and(|name| name == "block");
+    let kind = if is_block { Kind::Block } else { Kind::Char };
+    Number { kind, major: rustix::fs::major(devnum), minor: rustix::fs::minor(devnum) }
 }
 
 fn properties(device: &udev::Device) -> BTreeMap<String, String> {

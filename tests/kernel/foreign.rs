@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use nix::mount::{MsFlags, mount};
 use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, sendto};
 use qm_hotplug::core::category::Categories;
+use qm_hotplug::core::device::Device;
+use qm_hotplug::core::mirror::Told;
 use qm_hotplug::core::uevent::parse;
 use qm_hotplug::sys::udev;
 use qm_hotplug::sys::uevent::{Received, Uevents};
@@ -54,12 +56,16 @@ fn forged(devpath: &str, node: &str, major: u32, minor: u32, filling: usize) -> 
     message
 }
 
+fn by_message(message: &[u8]) -> Option<(Device, Told)> {
+    udev::by_message(message).pop()
+}
+
 fn forged_event() {
     let mut events = Uevents::of_udev().unwrap();
     let sender = socket();
     for (node, major, minor) in [("/dev/input/../kvm", 10, 232), ("/dev/input/event0", 1, 1), ("/dev/snd/x", 1, 3)] {
         send(&sender, UDEV_GROUP, &forged("/devices/virtual/mem/null", node, major, minor, 0));
-        let (device, _) = next(&mut events, udev::by_message).expect("there is a device at that place");
+        let (device, _) = next(&mut events, by_message).expect("there is a device at that place");
         assert_eq!((device.node.as_str(), device.number.major, device.number.minor), ("/dev/null", 1, 3));
         assert!(!Categories::default().iter().any(|category| category.contains(&device)), "{device:?}");
     }
@@ -72,10 +78,10 @@ fn message_before_its_time() {
     std::fs::create_dir_all("/run/udev").unwrap();
     crate::stage::bind(place.path().to_str().unwrap(), "/run/udev".as_ref());
     let message = forged("/devices/virtual/mem/null", "/dev/null", 1, 3, 0);
-    assert_eq!(udev::by_message(&message), None);
+    assert_eq!(by_message(&message), None);
     std::fs::create_dir(place.path().join("data")).unwrap();
     std::fs::write(place.path().join("data/c1:3"), "I:1\n").unwrap();
-    assert_eq!(udev::by_message(&message).expect("udevd has spoken").0.node, "/dev/null");
+    assert_eq!(by_message(&message).expect("udevd has spoken").0.node, "/dev/null");
     nix::mount::umount2("/run/udev", nix::mount::MntFlags::MNT_DETACH).unwrap();
 }
 
@@ -85,7 +91,7 @@ fn long_event() {
     let sender = socket();
     for length in [5_000, 9_000, 100_000, 200_000] {
         send(&sender, UDEV_GROUP, &forged("/devices/virtual/mem/null", "/dev/null", 1, 3, length));
-        assert_eq!(next(&mut events, udev::by_message).expect("the device").0.node, "/dev/null");
+        assert_eq!(next(&mut events, by_message).expect("the device").0.node, "/dev/null");
     }
     // A longer one cannot be sent.
     let message = forged("/devices/virtual/mem/null", "/dev/null", 1, 3, 300_000);

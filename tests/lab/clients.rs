@@ -202,6 +202,16 @@ fn unmodified_programs_notice(vm: &Vm) {
         let cards = vm.ok(&format!("podman exec {name} aplay -l"));
         assert!(cards.contains("USB Audio"), "{name}: {cards}");
     }
+    let wholes = wholes(vm);
+    for directory in &wholes {
+        let info = format!("udevadm info {directory}");
+        for container in &asking[..2] {
+            let shown = vm.ok(&format!("podman exec {} {info}", container.name));
+            assert_eq!(sorted(shown.lines()), sorted(vm.ok(&info).lines()), "{}", container.name);
+        }
+        let shown = vm.ok(&format!("podman exec {} {info}", asking[2].name));
+        assert!(!shown.contains("ID_BUS"), "{} was not granted any of it: {shown}", asking[2].name);
+    }
 
     stick.unplug();
     keyboard.unplug();
@@ -226,6 +236,14 @@ fn unmodified_programs_notice(vm: &Vm) {
             &on_host,
             &["ttyUSB", "event", "mouse", "video", "media", "pcm", "controlC"],
         );
+        for directory in &wholes {
+            let devpath = directory.trim_start_matches("/sys");
+            let actions: Vec<String> =
+                listener.events().into_iter().filter(|its| its.devpath == devpath).map(|its| its.action).collect();
+            let (first, last) = (actions.first().map(String::as_str), actions.last().map(String::as_str));
+            assert_eq!((first, last), (Some("add"), Some("remove")), "{devpath}: {actions:?}");
+            assert!(actions[1..actions.len() - 1].iter().all(|action| action == "change"), "{devpath}: {actions:?}");
+        }
     }
     hear_what_the_host_hears(sticks_alone, &on_host, &["ttyUSB"]);
     let heard: Vec<UdevEvent> = sticks_alone.events();
@@ -233,6 +251,15 @@ fn unmodified_programs_notice(vm: &Vm) {
     let heard = hears_nothing.events();
     assert!(heard.is_empty(), "a container without grants heard of {heard:#?}");
     agent.print_times("clients");
+}
+
+/// The sound card and the keyboard's input device: they have no node, but their parts have, which were granted.
+#[track_caller]
+fn wholes(vm: &Vm) -> Vec<String> {
+    let found = vm.ok("readlink -f /sys/class/sound/card0; readlink -f /sys/class/input/event*/device | grep /usb");
+    let wholes: Vec<String> = found.lines().map(str::to_owned).collect();
+    assert!(wholes.len() > 1, "{wholes:?}");
+    wholes
 }
 
 /// The same database and links, and nothing of devices that were not granted.

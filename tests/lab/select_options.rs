@@ -60,7 +60,8 @@ fn sticks_by_name_link_and_owner(vm: &Vm) {
     a1.unplug();
     assert_has(vm, &containers[0], &pairs(B2, NOTHING, NOTHING, NOTHING, NOTHING), "when the second was gone");
     // Of the second stick nothing, of the first the links that udev has made on the host.
-    let left = vm.ok(&containers[0].outside("busybox find /dev/app /dev/by /dev/serial /dev/z2 ! -type d 2>/dev/null; true"));
+    let left =
+        vm.ok(&containers[0].outside("busybox find /dev/app /dev/by /dev/serial /dev/z2 ! -type d 2>/dev/null; true"));
     assert_eq!(sorted(&left), sorted(&links_of(vm, "/dev/ttyUSB0")), "left over");
     vm.ok(&containers[0].outside("busybox test ! -e /dev/app -a ! -e /dev/by"));
     let a1 = stick(vm, "A1", "5");
@@ -79,7 +80,8 @@ fn sticks_by_name_link_and_owner(vm: &Vm) {
 
     a1.unplug();
     assert_has(vm, container, &pairs(B2, NOTHING, NOTHING, "/dev/ttyUSB10", PORT_06), "when the first was gone");
-    let left = vm.ok(&container.outside("busybox find /dev/app /dev/by /dev/serial /dev/z2 ! -type d 2>/dev/null; true"));
+    let left =
+        vm.ok(&container.outside("busybox find /dev/app /dev/by /dev/serial /dev/z2 ! -type d 2>/dev/null; true"));
     let kept = ["/dev/ttyUSB0", "/dev/ttyUSB10", PORT_06].map(|node| links_of(vm, node)).concat();
     assert_eq!(sorted(&left), sorted(&kept), "left over");
 
