@@ -40,7 +40,7 @@ use crate::ops::live::lookup;
 use crate::ops::{Executor, request};
 use crate::runtime;
 use crate::sys::device_filter::DeviceFilter;
-use crate::sys::{caps, udev};
+use crate::sys::{caps, namespace, udev};
 
 /// How long a start waits for a command that is just changing something.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -139,6 +139,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
                     let ended = std::io::Error::other("the thread that waits for them ended");
                     return Err(Error::host("hear of events")(ended));
                 };
+                let _stay = namespace::stay();
                 for one in at_hand(first, &mut news) {
                     hear(&mut executor, &mut registry, &mut refusals, one);
                 }
@@ -286,6 +287,7 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
     let is_detach = matches!(request, Request::Detach(_));
     let needs_before = is_detach || registry.monitors.are_there();
     let all = |executor: &Executor| -> HashSet<Entry> { executor.ledger.entries().cloned().collect() };
+    let _stay = namespace::stay();
     let (start, before) = (Instant::now(), needs_before.then(|| all(executor)));
     let mut result = carry_out(executor, registry, request);
     if let Err(Error::NoSuchContainer(_)) = result {

@@ -1,6 +1,6 @@
 //! Work inside a container's mount namespace.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, mpsc};
@@ -51,9 +51,10 @@ impl Inside<'_> {
     }
 }
 
-/// Runs `work` on a thread of its own that has joined the container's mount namespace. The thread ends with the work,
-/// so no other code of this process ever finds itself inside; its umask is zero. It is waited for three seconds at most,
-/// and one that has taken as much lately is refused for a while: others wait meanwhile.
+/// Runs `work` on a thread of its own that has joined the container's mount namespace. The thread does nothing else, so no
+/// other code of this process ever finds itself inside; its umask is zero. It ends with the work, unless somebody
+/// [`stay`]s. It is waited for three seconds at most, and one that has taken as much lately is refused for a while:
+/// others wait meanwhile.
 ///
 /// Refused while the root of the process is the host's: early in a container's start the namespace is new but its root
 /// is not yet, and a node would be made on the host.
@@ -82,37 +83,109 @@ pub fn inside<T: Send + 'static>(
         ))
     })?;
     let started = Instant::now();
+    let given_up = Arc::new(AtomicBool::new(false));
+    let (done, outcome) = mpsc::sync_channel(1);
+    let its_given_up = Arc::clone(&given_up);
+    let mut task: Task = Box::new(move |place| {
+        let result =
+            place.map(|Place { root, host, mapped }| work(Inside { root, host, mapped, given_up: &its_given_up }));
+        // Under the lock, so that it is either in time or counted as stuck until now.
+        let mut stuck = stuck();
+        stuck.remove(&key);
+        let _ = done.send(result);
+    });
+    let parked = parked().as_mut().and_then(|all| all.remove(&key));
+    if let Some(visitor) = parked {
+        match visitor.send(task) {
+            Ok(()) => return wait(key, visitor, outcome, &given_up, started, unresponsive),
+            Err(mpsc::SendError(back)) => task = back,
+        }
+    }
     let failed =
         |source| Error::InContainer { container: label.to_owned(), what: "start a thread to enter it".into(), source };
     let pidfd = process.as_fd().try_clone_to_owned().map_err(failed)?;
     let visit = Visit { label: label.to_owned(), pid: process.pid, pidfd, host };
-    let given_up = Arc::new(AtomicBool::new(false));
-    let (done, outcome) = mpsc::sync_channel(1);
-    let its_given_up = Arc::clone(&given_up);
-    std::thread::Builder::new()
-        .name("inside".into())
-        .spawn(move || {
-            let result = visit.run(&its_given_up, work);
-            // Under the lock, so that it is either in time or counted as stuck until now.
-            let mut stuck = stuck();
-            stuck.remove(&key);
-            let _ = done.send(result);
-        })
-        .map_err(failed)?;
+    let (visitor, tasks) = mpsc::channel();
+    let _ = visitor.send(task);
+    std::thread::Builder::new().name("inside".into()).spawn(move || visit.run(tasks)).map_err(failed)?;
+    wait(key, visitor, outcome, &given_up, started, unresponsive)
+}
+
+/// Waits for what a visitor was given to do.
+fn wait<T>(
+    key: (u32, u64),
+    visitor: Visitor,
+    outcome: mpsc::Receiver<Result<T>>,
+    given_up: &AtomicBool,
+    started: Instant,
+    unresponsive: impl Fn() -> Error,
+) -> Result<T> {
     let outcome_in_time = outcome.recv_timeout(PATIENCE);
-    waits().took(key, started.elapsed().as_millis() as u64, now());
-    if let Ok(result) = outcome_in_time {
-        return result;
-    }
-    let mut stuck = stuck();
-    match outcome.try_recv() {
+    let mut waits = WAITS.lock().unwrap_or_else(PoisonError::into_inner);
+    waits.took(key, started.elapsed().as_millis() as u64, START.elapsed().as_millis() as u64);
+    drop(waits);
+    let result = match outcome_in_time {
         Ok(result) => result,
-        Err(mpsc::TryRecvError::Empty) => {
-            given_up.store(true, Ordering::SeqCst);
-            stuck.insert(key);
-            Err(unresponsive())
+        Err(_) => {
+            let mut stuck = stuck();
+            match outcome.try_recv() {
+                Ok(result) => result,
+                Err(mpsc::TryRecvError::Empty) => {
+                    given_up.store(true, Ordering::SeqCst);
+                    stuck.insert(key);
+                    return Err(unresponsive());
+                }
+                Err(mpsc::TryRecvError::Disconnected) => panic!("the thread inside a container panicked"),
+            }
         }
-        Err(mpsc::TryRecvError::Disconnected) => panic!("the thread inside container '{label}' panicked"),
+    };
+    if result.is_ok()
+        && let Some(all) = parked().as_mut().filter(|all| all.len() < MOST_PARKED)
+    {
+        all.insert(key, visitor);
+    }
+    result
+}
+
+/// Where a visitor is.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    root: BorrowedFd<'a>,
+    host: Host,
+    mapped: Option<&'a Mapped<'a>>,
+}
+
+/// What a visitor is given to do; where it could not get there, why.
+type Task = Box<dyn FnOnce(Result<Place<'_>>) + Send>;
+
+/// Gives tasks to a thread that is inside a container. When it is dropped, the thread ends with its last task.
+type Visitor = mpsc::Sender<Task>;
+
+/// The visitors who wait inside for the next task, by the process that they visit; `None` while nobody stays.
+static PARKED: Mutex<Option<BTreeMap<(u32, u64), Visitor>>> = Mutex::new(None);
+
+/// How many wait at most: each is a thread.
+const MOST_PARKED: usize = 32;
+
+fn parked() -> MutexGuard<'static, Option<BTreeMap<(u32, u64), Visitor>>> {
+    PARKED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// See [`stay`].
+#[must_use]
+#[derive(Debug)]
+pub struct Stay(());
+
+/// Until this is dropped, the threads that have work [`inside`] containers wait there for more: one event has several
+/// things to do in each. That is for a moment, since they keep the containers' file systems busy.
+pub fn stay() -> Stay {
+    parked().get_or_insert_default();
+    Stay(())
+}
+
+impl Drop for Stay {
+    fn drop(&mut self) {
+        *parked() = None;
     }
 }
 
@@ -129,7 +202,28 @@ struct Visit {
 }
 
 impl Visit {
-    fn run<T>(self, given_up: &AtomicBool, work: impl FnOnce(Inside<'_>) -> T) -> Result<T> {
+    fn run(self, tasks: mpsc::Receiver<Task>) {
+        let entered = self.enter();
+        let mut tasks = tasks.into_iter();
+        let (root, mapped) = match entered {
+            Ok(entered) => entered,
+            Err(error) => {
+                if let Some(task) = tasks.next() {
+                    task(Err(error));
+                }
+                return;
+            }
+        };
+        for task in tasks {
+            // One that ends takes its file systems along.
+            let has_exited = crate::sys::process::has_exited(self.pidfd.as_fd());
+            let place = Place { root: root.as_fd(), host: self.host, mapped: mapped.as_ref() };
+            task(if has_exited { Err(self.exited()) } else { Ok(place) });
+        }
+    }
+
+    /// Joins the mount namespace. Returns the container's root and what its user namespace needs.
+    fn enter(&self) -> Result<(OwnedFd, Option<Mapped<'_>>)> {
         let path = format!("/proc/{}/root", self.pid);
         let root = match open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(root) => root,
@@ -140,7 +234,7 @@ impl Visit {
         let stat = fstat(&root).map_err(|error| self.failed("stat its root", error.into()))?;
         if (stat.st_dev, stat.st_ino) == self.host.root {
             return Err(Error::Refused {
-                container: self.label,
+                container: self.label.clone(),
                 reason: "its root directory is the host's own: it is no container, or it is still starting".into(),
             });
         }
@@ -166,7 +260,7 @@ impl Visit {
                 .make_files_as_root(mapped.made_by != 0)
                 .map_err(|error| self.failed("act as its root", error))?;
         }
-        Ok(work(Inside { root: root.as_fd(), host: self.host, mapped: mapped.as_ref(), given_up }))
+        Ok((root, mapped))
     }
 
     /// Where it has a user namespace: what has to be at hand before its mount namespace is joined.

@@ -104,10 +104,13 @@ pub fn by_message(message: &[u8]) -> Vec<(Device, Told)> {
         return Vec::new();
     };
     let of_whole = !has_node(&device);
+    let all = if of_whole { parts(&device) } else { vec![device] };
+    if all.is_empty() {
+        return Vec::new();
+    }
     // The kernel has counted no further, whatever somebody says.
     let told = Told { action, sequence: message.sequence.min(sequence()), of_whole };
     let has_udevd = is_running();
-    let all = if of_whole { parts(&device) } else { vec![device] };
     // udevd writes its database before it tells; somebody else may have told.
     let settled = all.iter().filter(|device| !has_udevd || device.is_initialized());
     settled.filter_map(owned).map(|device| (device, told)).collect()
