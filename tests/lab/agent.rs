@@ -22,7 +22,7 @@ impl<'vm> Agent<'vm> {
         let shown = vm.ok("journalctl --sync; journalctl -n 0 --show-cursor");
         let cursor = shown.rsplit("cursor: ").next().unwrap_or_default().trim().to_owned();
         vm.ok(&format!(
-            "systemd-run --quiet --unit={UNIT} --service-type=notify --property=Nice=-10 --collect \
+            "systemd-run --quiet --unit={UNIT} --service-type=notify --collect \
              /usr/local/bin/qm-hotplug agent",
         ));
         Self { vm, cursor }
