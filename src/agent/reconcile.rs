@@ -43,6 +43,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     if let Err(error) = executor.adopt(&desired) {
         tracing::error!("{}", error.chain());
     }
+    executor.end_unknown();
     let observed = executor.ledger.entries().cloned().collect::<Vec<_>>();
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     withdrawals::settle(executor, registry, &desired, |_, _| true, None);

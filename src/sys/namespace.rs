@@ -14,11 +14,11 @@ use rustix::io::Errno;
 use crate::core::waits::Waits;
 use crate::error::{Error, Result};
 use crate::sys::group;
+use crate::sys::held::Held;
 use crate::sys::host::Host;
-use crate::sys::mounted::Mapped;
+use crate::sys::mounted::{Errand, Mapped};
 use crate::sys::process::Process;
 use crate::sys::user_namespace::{UserNamespace, made_by};
-use crate::sys::workshop;
 
 /// How long work inside a container may take. A container can mount a file system of its own making (FUSE) that never
 /// answers, and a network file system may not; the work itself takes microseconds.
@@ -85,29 +85,37 @@ pub fn inside<T: Send + 'static>(
     let failed =
         |source| Error::InContainer { container: label.to_owned(), what: "start a thread to enter it".into(), source };
     let pidfd = process.as_fd().try_clone_to_owned().map_err(failed)?;
-    let visit = Visit { label: label.to_owned(), pid: process.pid, pidfd, host };
+    let visit = Visit { label: label.to_owned(), pid: process.pid, start_time: process.start_time, pidfd, host };
     let given_up = Arc::new(AtomicBool::new(false));
-    let (done, outcome) = mpsc::sync_channel(1);
+    let (say, said) = mpsc::channel();
     let its_given_up = Arc::clone(&given_up);
     std::thread::Builder::new()
         .name("inside".into())
         .spawn(move || {
-            let result = visit.run(&its_given_up, work);
+            let errands = |errand| drop(say.send(Said::Errand(errand)));
+            let result = visit.run(&its_given_up, &errands, work);
             // Under the lock, so that it is either in time or counted as stuck until now.
             let mut stuck = stuck();
             stuck.remove(&key);
-            let _ = done.send(result);
+            let _ = say.send(Said::Done(result));
         })
         .map_err(failed)?;
-    let outcome_in_time = outcome.recv_timeout(PATIENCE);
+    let in_time = loop {
+        match said.recv_timeout(PATIENCE.saturating_sub(started.elapsed())) {
+            Ok(Said::Errand(errand)) => errand(),
+            Ok(Said::Done(result)) => break Some(result),
+            Err(_) => break None,
+        }
+    };
     waits().took(key, started.elapsed().as_millis() as u64, now());
-    if let Ok(result) = outcome_in_time {
+    if let Some(result) = in_time {
         return result;
     }
     let mut stuck = stuck();
-    match outcome.try_recv() {
-        Ok(result) => result,
-        Err(mpsc::TryRecvError::Empty) => {
+    match said.try_recv() {
+        Ok(Said::Done(result)) => result,
+        // An errand is not done any more.
+        Ok(Said::Errand(_)) | Err(mpsc::TryRecvError::Empty) => {
             given_up.store(true, Ordering::SeqCst);
             stuck.insert(key);
             Err(unresponsive())
@@ -120,16 +128,28 @@ fn stuck() -> MutexGuard<'static, BTreeSet<(u32, u64)>> {
     STUCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What the thread inside says to the one that waits.
+enum Said<T> {
+    Errand(Errand),
+    Done(Result<T>),
+}
+
 /// What the thread needs of its own.
 struct Visit {
     label: String,
     pid: u32,
+    start_time: u64,
     pidfd: OwnedFd,
     host: Host,
 }
 
 impl Visit {
-    fn run<T>(self, given_up: &AtomicBool, work: impl FnOnce(Inside<'_>) -> T) -> Result<T> {
+    fn run<T>(
+        self,
+        given_up: &AtomicBool,
+        errands: &dyn Fn(Errand),
+        work: impl FnOnce(Inside<'_>) -> T,
+    ) -> Result<T> {
         let path = format!("/proc/{}/root", self.pid);
         let root = match open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(root) => root,
@@ -144,7 +164,7 @@ impl Visit {
                 reason: "its root directory is the host's own: it is no container, or it is still starting".into(),
             });
         }
-        let mapped = match self.mapped() {
+        let mapped = match self.mapped(errands) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => return Err(self.exited()),
             Err(error) => return Err(self.failed("prepare for its user namespace", error)),
             Ok(mapped) => mapped,
@@ -170,11 +190,10 @@ impl Visit {
     }
 
     /// Where it has a user namespace: what has to be at hand before its mount namespace is joined.
-    fn mapped(&self) -> std::io::Result<Option<Mapped<'_>>> {
+    fn mapped<'a>(&self, errands: &'a dyn Fn(Errand)) -> std::io::Result<Option<Mapped<'a>>> {
         let Some(users) = UserNamespace::of(self.pid)? else { return Ok(None) };
-        workshop::prepare()?;
-        let made_by = made_by(self.pid)?;
-        Ok(Some(Mapped { users, made_by, pidfd: self.pidfd.as_fd(), descriptors: group::own_descriptors()? }))
+        let (made_by, held) = (made_by(self.pid)?, Held::of(self.pid, self.start_time));
+        Ok(Some(Mapped { users, made_by, held, descriptors: group::own_descriptors()?, errands }))
     }
 
     fn exited(&self) -> Error {

@@ -9,12 +9,14 @@ use rustix::fs::{
     open, openat, readlinkat, renameat, renameat_with, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
+use rustix::path::Arg;
 use thiserror::Error;
 
 use crate::core::device::{Kind, Number};
 use crate::core::ledger::Node;
 use crate::failpoint::reached;
 use crate::sys::directory::{is_hosts, on_host, open_directory, remove_directories, resolve, split};
+use crate::sys::held::Held;
 use crate::sys::mount::seen_on_host;
 use crate::sys::mounted;
 use crate::sys::namespace::Inside;
@@ -90,7 +92,8 @@ pub fn before(inside: Inside<'_>, number: Number, node: &Node) -> Before {
     let (parent, name) = split(&node.path);
     if let Ok(Some(directory)) = open_directory(inside, parent, None) {
         let found = look(&directory, name, &node.path).ok().flatten();
-        return match found.is_some_and(|stat| is_it(&directory, name, &stat, number, node)) {
+        let is_it = |stat: &Stat| is_it(&directory, name, stat, number, node) && !is_useless(inside, stat);
+        return match found.is_some_and(|stat| is_it(&stat)) {
             true => Before::There,
             false => Before::Missing { directories: Vec::new() },
         };
@@ -110,7 +113,7 @@ pub fn stands(inside: Inside<'_>, number: Number, node: &Node) -> bool {
         Some(_) => number_of(&stat).is_none(),
         None => {
             (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777) == (uid, gid, node.mode)
-                && (inside.mapped.is_none() || mounted::is_ours(&directory, name))
+                && inside.mapped.is_none_or(|mapped| mounted::is_ours(mapped, &directory, name, &node.path))
         }
     };
     is_as_made && is_it(&directory, name, &stat, number, node) && is_hosts(inside, &directory).is_ok_and(|its| !its)
@@ -161,6 +164,15 @@ fn make_in(
 ) -> Result<bool, NodeError> {
     let path = &node.path;
     let mut found = look(directory, name, path)?;
+    // One that was taken back, and is still there.
+    if let (Some(mapped), Some(stat)) = (inside.mapped, &found)
+        && is_useless(inside, stat)
+        && let Some(number) = number_of(stat)
+    {
+        let failed = |source| NodeError::Failed { what: format!("remove {path}"), source };
+        mounted::take_out(mapped, directory, name, number).map_err(failed)?;
+        found = look(directory, name, path)?;
+    }
     let same = found.as_ref().is_some_and(|stat| is_it(directory, name, stat, number, node));
     if is_hosts(inside, directory)? {
         // The host's own link leads there in its own way.
@@ -207,6 +219,11 @@ fn make_in(
             found = None;
         }
         if node.link_to.is_none() {
+            if !Held::can_hold(path) {
+                return Err(NodeError::Refused(format!(
+                    "{path} is too long for a container with a user namespace: name a shorter destination"
+                )));
+            }
             return mounted::put(mapped, directory, name, found.is_some(), number, node).map(|()| true).map_err(failed);
         }
     }
@@ -288,6 +305,10 @@ fn is_it(directory: &OwnedFd, name: &str, stat: &Stat, number: Number, node: &No
     number_of(stat) == Some(number) || node.link_to.as_deref().is_some_and(leads_to)
 }
 
+fn is_useless(inside: Inside<'_>, stat: &Stat) -> bool {
+    inside.mapped.is_some_and(|mapped| mounted::is_useless(mapped, stat))
+}
+
 /// The host's node of a device, open to be asked about.
 pub fn of_host(path: &str, number: Number) -> io::Result<OwnedFd> {
     let fd = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
@@ -306,7 +327,7 @@ pub fn anonymous(number: Number) -> io::Result<OwnedFd> {
     fd
 }
 
-pub(super) fn make_at(directory: impl AsFd, name: &str, number: Number, mode: u32) -> Result<(), Errno> {
+pub(super) fn make_at(directory: impl AsFd, name: impl Arg, number: Number, mode: u32) -> Result<(), Errno> {
     let kind = match number.kind {
         Kind::Char => FileType::CharacterDevice,
         Kind::Block => FileType::BlockDevice,

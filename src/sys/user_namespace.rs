@@ -85,16 +85,6 @@ impl UserNamespace {
 const OVER_FILES: [Capability; 3] =
     [Capability::CAP_DAC_OVERRIDE, Capability::CAP_DAC_READ_SEARCH, Capability::CAP_FOWNER];
 
-/// Lets this thread change a node of ours, whatever the container has done to its owner.
-pub fn with_ownership<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let failed = |error: caps::errors::CapsError| io::Error::other(error);
-    let before = caps::read(None, CapSet::Effective).map_err(failed)?;
-    caps::raise(None, CapSet::Effective, Capability::CAP_FOWNER).map_err(failed)?;
-    let result = work();
-    caps::set(None, CapSet::Effective, &before).map_err(failed)?;
-    result
-}
-
 /// Takes this thread out of the groups that it was started in.
 fn give_up_groups() -> io::Result<()> {
     // SAFETY: with a length of 0 it writes nothing.

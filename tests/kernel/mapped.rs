@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use qm_hotplug::core::device::Number;
 use qm_hotplug::core::ledger::Node;
+use qm_hotplug::sys::held::Held;
 use qm_hotplug::sys::host::Host;
 use qm_hotplug::sys::namespace::{Inside, inside};
 use qm_hotplug::sys::node::{self, Before, Made, NodeError};
@@ -70,7 +71,14 @@ impl Mapped {
         self.visit(move |inside| node::make(inside, number, &wanted, replace))
     }
 
+    fn held(&self) -> Held {
+        let process = self.actor.process();
+        Held::of(process.pid, process.start_time)
+    }
+
+    /// As a removal does it.
     fn remove(&self, number: Number, path: &str, directories: &[String]) -> bool {
+        self.held().end(path, number).unwrap();
         let (node, directories) = (Node::at(path), directories.to_vec());
         self.visit(move |inside| node::remove(inside, number, &node, &directories)).unwrap()
     }
@@ -172,45 +180,38 @@ fn what_the_host_has_mounted_stays() {
         container.remove(number, "/dev/node", &[]);
         assert_eq!(mounts("self"), before);
     }
-    assert_eq!(mounts_of_workshops(), [1], "nothing of the host's is kept busy where nodes are made");
-}
-
-/// How much is mounted in other mount namespaces that this process holds.
-fn mounts_of_workshops() -> Vec<usize> {
-    let own = fs::read_link("/proc/self/ns/mnt").unwrap();
-    let is_other =
-        |path: &PathBuf| fs::read_link(path).is_ok_and(|to| to != own && to.to_string_lossy().starts_with("mnt:"));
-    let held = fs::read_dir("/proc/self/fd").unwrap().flatten().map(|entry| entry.path()).filter(is_other);
-    let held: Vec<fs::File> = held.map(|path| fs::File::open(path).unwrap()).collect();
-    let proc = fs::File::open("/proc").unwrap();
-    let visit = move || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
-        let count = |namespace: &fs::File| {
-            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-            let flags = rustix::fs::OFlags::RDONLY;
-            let info = rustix::fs::openat(&proc, "thread-self/mountinfo", flags, rustix::fs::Mode::empty()).unwrap();
-            std::io::read_to_string(fs::File::from(info)).unwrap().lines().count()
-        };
-        held.iter().map(count).collect()
-    };
-    std::thread::spawn(visit).join().unwrap()
+    assert!(!Path::new("/run/qm-hotplug/nodes").exists(), "no file is left");
 }
 
 fn a_copy_is_of_no_use() {
-    for hide in [false, true] {
+    for how in ["as it is", "read-only", "unmounted", "covered", "hidden"] {
         let mut container = Mapped::new();
-        fs::write(container.root.path().join("copy"), "").unwrap();
+        for name in ["copy", "other"] {
+            fs::write(container.root.path().join(name), "").unwrap();
+        }
         container.make(ZERO, &Node { mode: 0o666, ..Node::at("/dev/zero") }, false).unwrap();
         assert_eq!(container.actor.mount("/dev/zero", "/copy"), Ok(()));
         assert_eq!(container.actor.open("rw", "/copy"), Ok(()));
-        if hide {
+        match how {
             // A mount that cannot be written to saves nothing.
-            container.actor.remount_bound("/dev/zero");
+            "read-only" => container.actor.remount_bound("/dev/zero"),
+            "unmounted" => assert_eq!(container.actor.unmount("/dev/zero"), Ok(())),
+            "covered" => assert_eq!(container.actor.mount("/other", "/dev/zero"), Ok(())),
+            "hidden" => assert_eq!(container.actor.mount("tmpfs", "/dev"), Ok(())),
+            _ => {}
         }
-        assert!(container.remove(ZERO, "/dev/zero", &[]));
-        assert_eq!(container.actor.open("r", "/copy"), Err(Errno::ACCESS));
-        assert_eq!(container.owner("/copy"), Some((0, 0, 0)));
-        assert!(container.look("/dev/zero").is_none());
+        let is_there = matches!(how, "as it is" | "read-only" | "covered");
+        assert_eq!(container.remove(ZERO, "/dev/zero", &[]), is_there, "{how}");
+        assert_eq!(container.actor.open("r", "/copy"), Err(Errno::ACCESS), "{how}");
+        assert_eq!(container.owner("/copy"), Some((0, 0, 0)), "{how}");
+        assert!(container.look("/dev/zero").is_none(), "{how}");
+        assert!(!container.held().file("/dev/zero").exists(), "{how}");
+        // It takes no other one's place.
+        if is_there {
+            assert_eq!(container.make(ZERO, &Node { mode: 0o666, ..Node::at("/copy") }, false).unwrap(), ours());
+            assert_eq!(container.actor.open("rw", "/copy"), Ok(()));
+            assert!(container.remove(ZERO, "/copy", &[]));
+        }
     }
 }
 
@@ -286,14 +287,12 @@ fn what_the_container_puts_in_its_place() {
     assert!(!container.remove(ZERO, "/dev/zero", &[]));
     assert!(container.look("/dev/zero").is_some());
     container.actor.files(&["remove", "/dev/zero"]);
-    // Something mounted over it.
+    // What is mounted over it goes with it: nothing can be mounted on a file that is removed.
     fs::write(container.root.path().join("file"), "").unwrap();
     container.make(ZERO, &node(), false).unwrap();
     assert_eq!(container.actor.mount("/file", "/dev/zero"), Ok(()));
-    assert!(!container.remove(ZERO, "/dev/zero", &[]));
-    assert_eq!(container.actor.unmount("/dev/zero"), Ok(()));
     assert!(container.remove(ZERO, "/dev/zero", &[]));
-    assert!(container.look("/dev/zero").is_none());
+    assert!(container.look("/dev/zero").is_none() && container.look("/file").is_some());
     // A link in place of the file.
     container.actor.files(&["link", "/file", "/dev/zero"]);
     assert!(matches!(container.make(ZERO, &node(), true), Err(NodeError::Refused(_))));
