@@ -251,9 +251,10 @@ impl Executor {
     fn make_node(&mut self, grant: &Grant) -> Result<Placement> {
         let result = self.try_to_make_node(grant);
         let is_other = |entry: &Entry| !entry.grant.is_same(grant) && entry.is_settled();
-        let mut at_its_path = self.ledger.of(&grant.holder.id).filter(|entry| {
-            entry.grant.holder.is_same_run(&grant.holder) && entry.grant.node.path == grant.node.path
-        });
+        let mut at_its_path = self
+            .ledger
+            .of(&grant.holder.id)
+            .filter(|entry| entry.grant.holder.is_same_run(&grant.holder) && entry.grant.node.path == grant.node.path);
         if result.is_err() && !at_its_path.any(is_other) {
             self.end_file(&grant.holder, grant.device.number, &grant.node)?;
         }

@@ -263,7 +263,8 @@ impl View {
     pub(crate) fn remove(self) {
         let name = self.directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let aside = self.directory.with_file_name(format!("{GONE}{name}"));
-        let directory = if !self.is_gone() && fs::rename(&self.directory, &aside).is_ok() { aside } else { self.directory };
+        let directory =
+            if !self.is_gone() && fs::rename(&self.directory, &aside).is_ok() { aside } else { self.directory };
         if let Err(error) = files::remove_tree(&directory, MOST)
             && error.kind() != io::ErrorKind::NotFound
         {

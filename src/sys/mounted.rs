@@ -6,7 +6,9 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::mpsc;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxAttributes, StatxFlags, fstat, openat, statat, statx, unlinkat};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, Stat, StatxAttributes, StatxFlags, fstat, openat, statat, statx, unlinkat,
+};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 
@@ -14,7 +16,8 @@ use crate::core::device::Number;
 use crate::core::ledger::Node;
 use crate::failpoint::reached;
 use crate::sys::held::{self, Held};
-use crate::sys::node::number_of;
+use crate::sys::mount::seen_on_host;
+use crate::sys::node::{NodeError, number_of};
 use crate::sys::user_namespace::UserNamespace;
 
 /// What is done on the host, by the thread that waits for the one inside.
@@ -58,33 +61,49 @@ pub(super) fn put(
     has_place: bool,
     number: Number,
     node: &Node,
-) -> io::Result<()> {
+) -> Result<(), NodeError> {
+    let failed = |source| NodeError::Failed { what: format!("mount a device node at {}", node.path), source };
     let (path, owner, mode) = (node.path.clone(), mapped.users.owner_of(node), node.mode);
-    let mount = mapped.on_host(move |held| held.make(&path, number, owner, mode))??;
+    let made = mapped.on_host(move |held| held.make(&path, number, owner, mode));
+    let mount = made.and_then(|made| made).map_err(failed)?;
     let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
     // Nobody inside but its root can open it in the moment before it is a device.
     let place = match has_place {
-        true => openat(directory, name, flags | OFlags::PATH, Mode::empty())?,
-        false => openat(directory, name, flags | OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY, Mode::empty())?,
+        true => openat(directory, name, flags | OFlags::PATH, Mode::empty()),
+        false => openat(directory, name, flags | OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY, Mode::empty()),
     };
+    let place = place.map_err(|errno| failed(errno.into()))?;
     reached("node: an empty file is made");
     let over = || {
-        if !is_placeholder(mapped, &fstat(&place)?) {
-            return Err(Errno::STALE);
+        if !is_placeholder(mapped, &fstat(&place).map_err(|errno| failed(errno.into()))?) {
+            return Err(failed(Errno::STALE.into()));
         }
+        // It may be bound there from elsewhere.
+        refuse_shared(mapped, &place, &node.path)?;
         let by_descriptor = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        move_mount(&mount, "", &place, "", by_descriptor)
+        move_mount(&mount, "", &place, "", by_descriptor).map_err(|errno| failed(errno.into()))
     };
-    if let Err(errno) = over() {
+    if let Err(error) = over() {
         let _ = remove_placeholder(mapped, directory, name);
-        return Err(errno.into());
+        return Err(error);
     }
     reached("node: mounted");
     Ok(())
 }
 
-/// Takes a node of this device away, which its file has made useless before if it is ours. What is mounted is unmounted, also the host's own node that a runtime has bound there;
-/// of that, nothing changes. `false` where the name has come to mean something else.
+/// Refuses a place where what is mounted would appear on the host, too.
+pub(super) fn refuse_shared(mapped: &Mapped<'_>, place: &OwnedFd, path: &str) -> Result<(), NodeError> {
+    let looked = |source| NodeError::Failed { what: format!("look at the mount of {path}"), source };
+    match seen_on_host(&mapped.descriptors, place).map_err(looked)? {
+        Some(host) => Err(NodeError::Refused(format!(
+            "{path} is mounted with shared propagation, and what is mounted there would appear in {host} on the host: mount it with private or slave propagation"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Takes a node of this device away; if it is ours, its file has made it useless before. What is mounted is unmounted, also the
+/// host's own node that a runtime has bound there; of that, nothing changes. `false` where the name has come to mean something else.
 pub(super) fn take_out(mapped: &Mapped<'_>, directory: &OwnedFd, name: &str, number: Number) -> io::Result<bool> {
     let fd = openat(directory, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     if number_of(&fstat(&fd)?) != Some(number) {

@@ -144,12 +144,7 @@ struct Visit {
 }
 
 impl Visit {
-    fn run<T>(
-        self,
-        given_up: &AtomicBool,
-        errands: &dyn Fn(Errand),
-        work: impl FnOnce(Inside<'_>) -> T,
-    ) -> Result<T> {
+    fn run<T>(self, given_up: &AtomicBool, errands: &dyn Fn(Errand), work: impl FnOnce(Inside<'_>) -> T) -> Result<T> {
         let path = format!("/proc/{}/root", self.pid);
         let root = match open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(root) => root,

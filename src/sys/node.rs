@@ -17,7 +17,6 @@ use crate::core::ledger::Node;
 use crate::failpoint::reached;
 use crate::sys::directory::{is_hosts, on_host, open_directory, remove_directories, resolve, split};
 use crate::sys::held::Held;
-use crate::sys::mount::seen_on_host;
 use crate::sys::mounted;
 use crate::sys::namespace::Inside;
 
@@ -207,12 +206,7 @@ fn make_in(
     }
     if let Some(mapped) = inside.mapped {
         let failed = |source| NodeError::Failed { what: format!("mount a device node at {path}"), source };
-        let looked = |source| NodeError::Failed { what: format!("look at the mount of {parent}"), source };
-        if let Some(place) = seen_on_host(&mapped.descriptors, directory).map_err(looked)? {
-            return Err(NodeError::Refused(format!(
-                "{parent} is mounted with shared propagation, and what is mounted there would appear in {place} on the host: mount it with private or slave propagation"
-            )));
-        }
+        mounted::refuse_shared(mapped, directory, parent)?;
         // What is mounted there cannot be renamed over.
         if let Some(number) = found.as_ref().and_then(number_of) {
             mounted::take_out(mapped, directory, name, number).map_err(failed)?;
@@ -224,7 +218,7 @@ fn make_in(
                     "{path} is too long for a container with a user namespace: name a shorter destination"
                 )));
             }
-            return mounted::put(mapped, directory, name, found.is_some(), number, node).map(|()| true).map_err(failed);
+            return mounted::put(mapped, directory, name, found.is_some(), number, node).map(|()| true);
         }
     }
     let temporary = temporary_name(name);

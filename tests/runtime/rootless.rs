@@ -335,9 +335,7 @@ fn a_namespace_that_outlives(runtime: &str) {
         let enter = ["-t", &pid, "-U", "-m", "-S", "0", "-G", "0", "--", "/bin/busybox", "sleep", "1000"];
         let mut stays = std::process::Command::new("nsenter").args(enter).spawn().unwrap();
         let program = format!("/proc/{}/exe", stays.id());
-        wait_for("it to be inside", || {
-            std::fs::read_link(&program).is_ok_and(|program| program.ends_with("busybox"))
-        });
+        wait_for("it to be inside", || std::fs::read_link(&program).is_ok_and(|program| program.ends_with("busybox")));
         let opens = || {
             let stays = stays.id().to_string();
             let line = format!("exec 3<>{}", device.path);
