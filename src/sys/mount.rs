@@ -180,10 +180,14 @@ fn make_directory(inside: Inside<'_>, path: &str, made: &mut Vec<String>) -> Res
         return Ok(directory);
     }
     let (above, name) = split(path);
-    match mkdirat(make_directory(inside, above, made)?, name, Mode::from_raw_mode(0o755)) {
+    let at = make_directory(inside, above, made)?;
+    inside.change(&at)?;
+    match mkdirat(at, name, Mode::from_raw_mode(0o755)) {
         Ok(()) => made.push(path.to_owned()),
         Err(Errno::EXIST) => {}
-        Err(errno) => return Err(NodeError::failed(format!("make the directory {path}"))(errno)),
+        Err(errno) => {
+            return Err(NodeError::failed(inside.as_its_root(format!("make the directory {path}")))(errno));
+        }
     }
     resolve(inside, path)?.ok_or_else(|| NodeError::Refused(format!("{path} vanished while it was made")))
 }

@@ -17,6 +17,7 @@ use crate::core::ledger::Node;
 use crate::failpoint::reached;
 use crate::sys::held::{self, Held};
 use crate::sys::mount::seen_on_host;
+use crate::sys::namespace::Inside;
 use crate::sys::node::{NodeError, number_of};
 use crate::sys::user_namespace::UserNamespace;
 
@@ -55,6 +56,7 @@ impl Mapped<'_> {
 /// Puts a node there. At the name is nothing, or an empty file of ours ([`is_placeholder`]), as `has_place` says. On failure
 /// its file stays.
 pub(super) fn put(
+    inside: Inside<'_>,
     mapped: &Mapped<'_>,
     directory: &OwnedFd,
     name: &str,
@@ -72,7 +74,7 @@ pub(super) fn put(
         true => openat(directory, name, flags | OFlags::PATH, Mode::empty()),
         false => openat(directory, name, flags | OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY, Mode::empty()),
     };
-    let place = place.map_err(|errno| failed(errno.into()))?;
+    let place = place.map_err(NodeError::failed(inside.as_its_root(format!("make the file {}", node.path))))?;
     reached("node: an empty file is made");
     let over = || {
         if !is_placeholder(mapped, &fstat(&place).map_err(|errno| failed(errno.into()))?) {

@@ -17,6 +17,7 @@ use crate::sys::group;
 use crate::sys::held::Held;
 use crate::sys::host::Host;
 use crate::sys::mounted::{Errand, Mapped};
+use crate::sys::node::NodeError;
 use crate::sys::process::Process;
 use crate::sys::user_namespace::{UserNamespace, made_by};
 
@@ -48,6 +49,22 @@ impl Inside<'_> {
     /// Whether nobody waits for the outcome any more: then nothing may be made.
     pub fn is_given_up(&self) -> bool {
         self.given_up.load(Ordering::SeqCst)
+    }
+
+    /// Has to be called before something is made or removed in a directory: no more is done there than the container's root
+    /// may do.
+    pub(super) fn change(&self, directory: &OwnedFd) -> std::result::Result<(), NodeError> {
+        let Some(mapped) = self.mapped else { return Ok(()) };
+        let result = mapped.users.minds_permissions_of(directory, mapped.made_by != 0);
+        result.map_err(|source| NodeError::Failed { what: "act as its root".into(), source })
+    }
+
+    /// What is tried, in words, with what it takes.
+    pub(super) fn as_its_root(&self, what: String) -> String {
+        match self.mapped {
+            Some(_) => format!("{what}, which root of its user namespace has to be allowed to do"),
+            None => what,
+        }
     }
 }
 

@@ -133,6 +133,7 @@ pub fn remove(inside: Inside<'_>, number: Number, node: &Node, directories: &[St
     if let Some(directory) = directory
         && !is_hosts(inside, &directory)?
     {
+        inside.change(&directory)?;
         sweep(&directory, &temporary_name(name));
         match look(&directory, name, path)? {
             Some(stat) if is_it(&directory, name, &stat, number, node) => {
@@ -184,6 +185,7 @@ fn make_in(
             )))
         };
     }
+    inside.change(directory)?;
     let is_placeholder =
         |stat: &Stat| inside.mapped.is_some_and(|it| node.link_to.is_none() && mounted::is_placeholder(it, stat));
     match &found {
@@ -218,19 +220,20 @@ fn make_in(
                     "{path} is too long for a container with a user namespace: name a shorter destination"
                 )));
             }
-            return mounted::put(mapped, directory, name, found.is_some(), number, node).map(|()| true);
+            return mounted::put(inside, mapped, directory, name, found.is_some(), number, node).map(|()| true);
         }
     }
     let temporary = temporary_name(name);
     sweep(directory, &temporary);
-    let failed = NodeError::failed(format!("make a device node in {parent}"));
     let placed = match &node.link_to {
         Some(target) => {
+            let failed = NodeError::failed(inside.as_its_root(format!("make a link in {parent}")));
             symlinkat(&**target, directory, &*temporary).map_err(failed)?;
             reached("node: a link is made under its temporary name");
             Ok(())
         }
         None => {
+            let failed = NodeError::failed(format!("make a device node in {parent}"));
             make_at(directory, &temporary, number, node.mode).map_err(failed)?;
             reached("node: made under its temporary name");
             own(directory, &temporary, number, node).inspect(|()| reached("node: has its owner"))
@@ -255,6 +258,7 @@ fn make_in(
 
 /// Removes a node or a link that was looked at. Says whether it was still that one.
 pub(super) fn take_out(inside: Inside<'_>, directory: &OwnedFd, name: &str, stat: &Stat) -> io::Result<bool> {
+    inside.change(directory).map_err(io::Error::other)?;
     let result = match (inside.mapped, number_of(stat)) {
         (Some(mapped), Some(number)) => mounted::take_out(mapped, directory, name, number),
         _ => unlinkat(directory, name, AtFlags::empty()).map(|()| true).map_err(io::Error::from),

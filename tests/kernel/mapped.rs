@@ -10,6 +10,7 @@ use qm_hotplug::sys::held::Held;
 use qm_hotplug::sys::host::Host;
 use qm_hotplug::sys::namespace::{Inside, inside};
 use qm_hotplug::sys::node::{self, Before, Made, NodeError};
+use rustix::fs::{Gid, Uid};
 use rustix::io::Errno;
 
 use crate::actor::Actor;
@@ -25,6 +26,7 @@ pub const TESTS: &[(&str, fn())] = &[
     ("mapped::a_file_system_like_ours_is_no_node_of_ours", a_file_system_like_ours),
     ("mapped::what_the_container_puts_in_its_place_stays", what_the_container_puts_in_its_place),
     ("mapped::a_read_only_dev_is_refused_in_words", a_read_only_dev_is_refused),
+    ("mapped::where_its_root_may_not_write_nothing_is_made", where_its_root_may_not_write),
     ("mapped::a_namespace_that_knows_one_id_is_served", a_namespace_that_knows_one_id),
     ("mapped::a_container_that_swaps_and_unmounts_reaches_nothing", a_container_that_swaps_and_unmounts),
 ];
@@ -43,6 +45,7 @@ impl Mapped {
     fn with(map: &str, prepare: impl FnOnce(&Path)) -> Mapped {
         let root = Nodes::new();
         fs::create_dir(root.path().join("dev")).unwrap();
+        rustix::fs::chown(root.path(), Some(Uid::from_raw(100_000)), Some(Gid::from_raw(100_000))).unwrap();
         prepare(root.path());
         let actor = Actor::start_mapped(root.path(), map);
         Mapped { actor, root }
@@ -159,7 +162,7 @@ fn owner_and_mode_are_exact() {
     }
     // A link, and a place that only root of the container may write to.
     fs::set_permissions(container.path("/dev"), fs::Permissions::from_mode(0o1555)).unwrap();
-    rustix::fs::chown(container.path("/dev"), Some(rustix::fs::Uid::from_raw(100_007)), None).unwrap();
+    rustix::fs::chown(container.path("/dev"), Some(Uid::from_raw(100_007)), Some(Gid::from_raw(100_007))).unwrap();
     let link = Node { link_to: Some("/dev/a/node".into()), ..Node::at("/dev/c/link") };
     let Made::Ours { directories } = container.make(NULL, &link, false).unwrap() else { panic!() };
     assert_eq!((container.look("/dev/c/link").unwrap().uid(), directories.len()), (100_000, 1));
@@ -314,6 +317,25 @@ fn a_read_only_dev_is_refused() {
     assert_eq!(container.actor.open("r", "/dev/zero"), Ok(()));
 }
 
+/// A directory of the host's, which is a stranger's inside.
+fn where_its_root_may_not_write() {
+    let container = Mapped::with("0 100000 65536", |root| fs::create_dir(root.join("out")).unwrap());
+    make_node(&container.root.path().join("out/lying"), NULL);
+    let before = container.snapshot();
+    let link = |path: &str| Node { link_to: Some("/dev/zero".into()), ..Node::at(path) };
+    for wanted in [wish("/out/zero"), wish("/out/a/zero"), link("/out/link"), link("/out/a/link")] {
+        let error = match container.make(ZERO, &wanted, false) {
+            Err(error @ NodeError::Failed { .. }) => error.to_string(),
+            other => panic!("{other:?}"),
+        };
+        assert!(error.contains("root of its user namespace has to be allowed"), "{error}");
+    }
+    let removed = container.visit(|it| node::remove(it, NULL, &Node::at("/out/lying"), &[]));
+    assert!(matches!(removed, Err(NodeError::Failed { .. })), "{removed:?}");
+    assert_eq!(container.snapshot(), before);
+    container.held().end("/out/zero", ZERO).unwrap();
+}
+
 /// As rootless engines map a user without further ids. Root of it is the only one there is.
 fn a_namespace_that_knows_one_id() {
     let mut container = Mapped::with("0 4242 1", |_| {});
@@ -345,8 +367,9 @@ fn a_container_that_swaps_and_unmounts() {
             _ => container.actor.begin(&["replace", path, "/out/victim"]),
         }
         let (process, seen) = (container.actor.process(), Host::observe().unwrap());
-        let mut made = 0;
-        for _ in 0..20 {
+        let (mut made, mut visits) = (0, 0);
+        while made < 200 && visits < 1000 {
+            visits += 1;
             let wanted = wish(path);
             made += inside("test", &process, seen, move |inside| {
                 let one = || {
@@ -354,10 +377,11 @@ fn a_container_that_swaps_and_unmounts() {
                     let _ = node::remove(inside, ZERO, &wanted, &[]);
                     u32::from(made)
                 };
-                (0..200).map(|_| one()).sum::<u32>()
+                (0..20).map(|_| one()).sum::<u32>()
             })
             .unwrap();
         }
+        container.held().end(path, ZERO).unwrap();
         let tries = container.actor.stop()[0].tries;
         assert!(made > 50 && tries > 20, "{kind}: no race took place: {made} made, {tries} tries");
         assert_eq!(snapshot(prey.path()), before, "{kind}");
