@@ -3,7 +3,7 @@
 
 /// Every point. A test kills at each, and fails if one was not reached.
 #[cfg(feature = "fail-points")]
-pub const POINTS: [&str; 40] = [
+pub const POINTS: [&str; 42] = [
     "ledger: before a page is written",
     "ledger: before a page is renamed",
     "ledger: a page is written",
@@ -29,9 +29,11 @@ pub const POINTS: [&str; 40] = [
     "node: a link is made under its temporary name",
     "node: has its owner",
     "node: in its place",
+    "node: its file is made",
     "node: an empty file is made",
     "node: mounted",
     "node: made useless",
+    "node: its file is removed",
     "node: unmounted",
     "node: removed",
     "node: a directory is removed",

@@ -28,7 +28,7 @@ pub(super) fn prepare(executor: &mut Executor, registry: &Registry, known: &Know
     executor.prepare(holder, Wish::of(known.container.annotations()));
     if executor.has_udevd(holder) {
         known.has_udevd.set(true);
-        registry.watched.tell_early();
+        registry.watched.tell_early(true);
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::agent::early;
 use crate::agent::registry::{Known, Later, Registry};
+use crate::agent::users;
 use crate::agent::withdrawals;
 use crate::core::device::{Device, Kind, Number};
 use crate::core::event::{Changed, Event};
@@ -19,7 +20,7 @@ use crate::error::Error;
 use crate::ops::Executor;
 use crate::ops::mirror::Concern;
 use crate::runtime::places::{Patterns, Place};
-use crate::runtime::users;
+use crate::runtime::users::uids;
 use crate::sys::process::is_gone;
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::{block, udev};
@@ -33,7 +34,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     for place in Patterns::of_host().places() {
         drop(registry.look_at(&executor.cgroups, place, None));
     }
-    for uid in users::uids().into_iter().filter(|uid| registry.serves(*uid)).collect::<Vec<_>>() {
+    for uid in uids().into_iter().filter(|uid| registry.serves(*uid)).collect::<Vec<_>>() {
         drop(registry.look_at_user(&executor.cgroups, uid));
     }
     let asking = registry.containers.values().filter(|known| !known.rules.is_empty());
@@ -43,6 +44,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     if let Err(error) = executor.adopt(&desired) {
         tracing::error!("{}", error.chain());
     }
+    executor.end_unknown();
     let observed = executor.ledger.entries().cloned().collect::<Vec<_>>();
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     withdrawals::settle(executor, registry, &desired, |_, _| true, None);
@@ -273,7 +275,7 @@ pub(super) fn wanted(
         let text = format!("{} not granted at {}: {reason}", grant.device.node, grant.node.path);
         registry.said.once(&grant.holder.id, grant.holder.label(), text);
     }
-    kept
+    users::bounded(executor, registry, kept, has)
 }
 
 fn has_ended(entry: &Entry) -> bool {

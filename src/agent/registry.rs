@@ -353,6 +353,7 @@ impl Registry {
         let known = self.containers.iter().find(|(_, known)| known.token == token).map(|(id, _)| id.clone());
         if let Some(id) = known {
             let holder = self.containers.remove(&id).and_then(|known| known.holder);
+            self.watched.tell_early(self.containers.values().any(|known| known.has_udevd.get()));
             holder.iter().for_each(|holder| self.unfollow(holder));
             self.said.forget(&id);
             self.waiting.borrow_mut().remove(&id);

@@ -69,7 +69,7 @@ impl UserWatch {
 
     /// The users of whose containers something changed. One portion of what there is: a user can make it endless.
     pub(super) fn receive(&mut self) -> io::Result<BTreeSet<u32>> {
-        let mut changed = BTreeSet::new();
+        let (mut changed, mut again, mut containers) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         let events = match self.inotify.read_events() {
             Ok(events) => events,
             Err(Errno::EAGAIN) => return Ok(changed),
@@ -90,24 +90,28 @@ impl UserWatch {
                 Some(Subject::Above) if USERS.rsplit('/').next() == Some(name) => changed.extend(self.look_at_all()),
                 Some(Subject::Users) => {
                     if let Some(uid) = uid_of(name) {
-                        self.look_at(uid);
-                        changed.insert(uid);
+                        again.insert(uid);
                     }
                 }
                 Some(Subject::User(uid)) if RUNTIMES.contains(&name) => {
-                    let uid = *uid;
-                    self.look_at(uid);
-                    changed.insert(uid);
+                    again.insert(*uid);
                 }
                 Some(Subject::Runtime(uid)) => {
-                    let uid = *uid;
-                    self.look_at_container(uid, name);
-                    changed.insert(uid);
+                    containers.insert((*uid, name.to_owned()));
+                    changed.insert(*uid);
                 }
                 Some(Subject::Container(uid)) if STATE_FILES.contains(&name) => drop(changed.insert(*uid)),
                 _ => {}
             }
         }
+        // Once for all of them: he can rename his directories without end.
+        for uid in &again {
+            self.look_at(*uid);
+        }
+        for (uid, id) in containers.iter().filter(|(uid, _)| !again.contains(uid)) {
+            self.look_at_container(*uid, id);
+        }
+        changed.extend(again);
         Ok(changed)
     }
 
@@ -151,6 +155,7 @@ impl UserWatch {
             }
         };
         self.early.remove(&uid);
+        self.leave(uid);
         self.add_fd(home.as_fd(), Subject::User(uid));
         for runtime in RUNTIMES {
             // The directory first: what is made in it after the look tells of itself.
@@ -161,6 +166,18 @@ impl UserWatch {
             }
         }
         true
+    }
+
+    /// Ends the watches of a user, also those of directories that he has renamed.
+    fn leave(&mut self, uid: u32) {
+        let is_his = |subject: &Subject| matches!(subject, Subject::User(its) | Subject::Runtime(its) | Subject::Container(its) if *its == uid);
+        let his: Vec<WatchDescriptor> =
+            self.subjects.iter().filter(|(_, subject)| is_his(subject)).map(|(descriptor, _)| *descriptor).collect();
+        for descriptor in his {
+            self.subjects.remove(&descriptor);
+            // One that is gone has ended itself.
+            let _ = self.inotify.rm_watch(descriptor);
+        }
     }
 
     fn look_at_container(&mut self, uid: u32, id: &str) {

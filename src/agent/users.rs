@@ -7,6 +7,7 @@ use crate::agent::news::What;
 use crate::agent::registry::Registry;
 use crate::agent::{Compared, reconcile};
 use crate::core::container::Container;
+use crate::core::ledger::Grant;
 use crate::ops::Executor;
 use crate::runtime::users;
 use crate::sys::cgroup::CgroupRoot;
@@ -42,6 +43,7 @@ const LEFT_TO_OTHERS: u32 = 20;
 /// Something changed in an ordinary user's runtime directory. He can have that as often as he likes, and make each look
 /// long: each takes a twentieth of the time at most.
 pub(super) fn changed(executor: &mut Executor, registry: &mut Registry, uid: u32, since: Instant) {
+    registry.watched.take_up(uid);
     if !registry.serves(uid) {
         return;
     }
@@ -62,4 +64,33 @@ pub(super) fn changed(executor: &mut Executor, registry: &mut Registry, uid: u32
     let ids = registry.look_at_user(&executor.cgroups, uid);
     reconcile::arrived(executor, registry, &ids, since);
     registry.users.insert(uid, Compared { started, took: started.elapsed(), is_due: false });
+}
+
+/// How many grants rules give to the containers of a user, all together: each is a node, and he can ask for one device under
+/// as many names as he likes.
+const MOST_GRANTS: usize = 512;
+
+/// What of that is granted; `has` says what is in force already.
+pub(super) fn bounded(
+    executor: &Executor,
+    registry: &Registry,
+    mut wanted: Vec<Grant>,
+    has: impl Fn(&Grant) -> bool,
+) -> Vec<Grant> {
+    let mut counts: HashMap<u32, usize> = HashMap::new();
+    let in_force = |uid: u32| executor.ledger.entries().filter(|entry| entry.grant.holder.user == uid).count();
+    wanted.retain(|grant| {
+        let uid = grant.holder.user;
+        if uid == 0 || has(grant) {
+            return true;
+        }
+        let count = counts.entry(uid).or_insert_with(|| in_force(uid));
+        *count += 1;
+        if *count > MOST_GRANTS {
+            let text = format!("user {uid} has {MOST_GRANTS} grants, and no rule gives more to containers of one user");
+            registry.said.once(&format!("{uid}@"), "", text);
+        }
+        *count <= MOST_GRANTS
+    });
+    wanted
 }

@@ -41,6 +41,7 @@ pub(super) struct Watched {
     pulse: Arc<Pulse>,
     early: Arc<AtomicBool>,
     served: Served,
+    told_of: Served,
     asked: u64,
     news: WeakSender<News>,
 }
@@ -93,9 +94,16 @@ impl Watched {
         }));
     }
 
-    /// From now on, news of a device come before udev has spoken of it, too.
-    pub(super) fn tell_early(&self) {
-        self.early.store(true, Ordering::SeqCst);
+    /// Whether news of a device come before udev has spoken of it, too, from now on.
+    pub(super) fn tell_early(&self, early: bool) {
+        if self.early.swap(early, Ordering::SeqCst) != early {
+            tracing::debug!("a device counts {} udev has spoken of it", if early { "before" } else { "once" });
+        }
+    }
+
+    /// Of this user, news come again: what was told until now is being looked at.
+    pub(super) fn take_up(&self, uid: u32) {
+        self.told_of.lock().unwrap_or_else(PoisonError::into_inner).remove(&uid);
     }
 
     /// News of writes to this directory will carry the id.
@@ -125,7 +133,7 @@ impl Watched {
 pub(super) fn start(news: Sender<News>) -> io::Result<Watched> {
     let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
     let (kernel, udev, state) = (Uevents::of_kernel()?, Uevents::of_udev()?, StateWatch::start(Patterns::of_host())?);
-    let served = Served::default();
+    let (served, told_of) = (Served::default(), Served::default());
     let users = UserWatch::start(Arc::clone(&served))?;
     let questions = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let pulse = Arc::new(Pulse { questions, answered: AtomicU64::new(0) });
@@ -143,10 +151,20 @@ pub(super) fn start(news: Sender<News>) -> io::Result<Watched> {
     let early = Arc::new(AtomicBool::new(false));
     let its_early = Arc::clone(&early);
     let (next, epoll_too) = (FIRST_PROCESS, Arc::clone(&epoll));
-    let watched = Watched { epoll: epoll_too, next, cgroups, pulse, early, served, asked: 0, news: its_news };
+    let watched = Watched {
+        epoll: epoll_too,
+        next,
+        cgroups,
+        pulse,
+        early,
+        served,
+        told_of: Arc::clone(&told_of),
+        asked: 0,
+        news: its_news,
+    };
     let had_udevd = udev::is_running();
     let (pulse, early) = (its_pulse, its_early);
-    let watch = Watch { kernel, udev, state, users, news, pulse, early, overflowed: false, had_udevd };
+    let watch = Watch { kernel, udev, state, users, news, told_of, pulse, early, overflowed: false, had_udevd };
     std::thread::Builder::new().name("watch".into()).spawn(move || watch.run(&epoll))?;
     Ok(watched)
 }
@@ -157,6 +175,8 @@ struct Watch {
     state: StateWatch,
     users: UserWatch,
     news: Sender<News>,
+    /// Users of whom there are news that nobody has taken up: more would say no more.
+    told_of: Served,
     pulse: Arc<Pulse>,
     /// Whether devices matter before udev has spoken of them.
     early: Arc<AtomicBool>,
@@ -190,7 +210,7 @@ impl Watch {
             }
             if self.users.is_early() {
                 let users = self.users.look_again();
-                users.into_iter().for_each(|uid| self.tell(What::User(uid)));
+                users.into_iter().for_each(|uid| self.tell_of(uid));
             }
             // The kernel's events first: its "remove" of a device comes before udev's "add" of the next one.
             let mut tokens: Vec<u64> = events.iter().map(|event| event.data.u64()).collect();
@@ -228,7 +248,7 @@ impl Watch {
     }
 
     fn answer(&mut self) {
-        self.users.follow().into_iter().for_each(|uid| self.tell(What::User(uid)));
+        self.users.follow().into_iter().for_each(|uid| self.tell_of(uid));
         let mut count = [0; 8];
         if rustix::io::read(&self.pulse.questions, &mut count).is_ok() {
             self.pulse.answered.fetch_add(u64::from_ne_bytes(count), Ordering::SeqCst);
@@ -304,9 +324,20 @@ impl Watch {
         Ok(())
     }
 
+    fn tell_of(&mut self, uid: u32) {
+        let is_new = self.told_of.lock().unwrap_or_else(PoisonError::into_inner).insert(uid);
+        if is_new {
+            self.tell(What::User(uid));
+        }
+        if self.overflowed {
+            // The news may not have come through.
+            self.told_of.lock().unwrap_or_else(PoisonError::into_inner).remove(&uid);
+        }
+    }
+
     fn read_users(&mut self) {
         match self.users.receive() {
-            Ok(users) => users.into_iter().for_each(|uid| self.tell(What::User(uid))),
+            Ok(users) => users.into_iter().for_each(|uid| self.tell_of(uid)),
             Err(error) => tracing::warn!("inotify on the directories of users: {error}"),
         }
     }

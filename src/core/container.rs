@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::core::annotation::PREFIX;
 use crate::core::device::Number;
 
 /// Who runs the container.
@@ -99,6 +100,9 @@ pub struct Container {
 /// How long a user's name for a container, or an id, may be: it becomes a part of a file's name.
 const LONGEST: usize = 128;
 
+/// How many bytes of annotations of ours are kept of a user's container: more than rules may have.
+const MOST_BYTES: usize = 64 << 10;
+
 impl Container {
     /// The ordinary user whose engine runs it, where it is not root's: its id and its name begin with `USER@`, and nothing
     /// that is known of it is more than that user's word.
@@ -117,11 +121,21 @@ impl Container {
         // A name of digits alone would be taken for the number of another user.
         let is_name = |user: &&str| is_plain(user) && !user.bytes().all(|byte| byte.is_ascii_digit());
         let user = user.filter(is_name).map_or_else(|| uid.to_string(), str::to_owned);
+        // All that is written there is kept, and he can write megabytes.
+        let mut left = MOST_BYTES;
+        let mut annotations = self.annotations;
+        annotations.retain(|key, value| {
+            let length = key.len() + value.len();
+            let is_kept = key.starts_with(PREFIX) && length <= left;
+            left -= if is_kept { length } else { 0 };
+            is_kept
+        });
         is_plain(&self.id).then(|| Container {
             id: format!("{uid}@{}", self.id),
             name: self.name.as_deref().filter(|name| is_plain(name)).map(|name| format!("{user}@{name}")),
             owner: uid,
             devices: Vec::new(),
+            annotations,
             ..self
         })
     }
@@ -237,6 +251,20 @@ pub fn find<'a>(containers: &'a [Container], engine: Option<&str>, name: &str) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_a_users_annotations_ours_are_kept_and_not_without_end() {
+        let value = "x".repeat(1000);
+        let key = |at| format!("{PREFIX}hotplug.{at:04}");
+        let mut his = container("web", None);
+        his.annotations = (0..1000).map(|at| (key(at), value.clone())).collect();
+        his.annotations.insert("a.long.one".into(), value.clone());
+        his.annotations.insert(format!("{PREFIX}device.ttyUSB"), "true".into());
+        let kept = his.of_user(1000, None).unwrap().annotations;
+        assert!(kept.keys().all(|key| key.starts_with(PREFIX)) && kept.contains_key(&format!("{PREFIX}device.ttyUSB")));
+        let bytes: usize = kept.iter().map(|(key, value)| key.len() + value.len()).sum();
+        assert!(bytes > 60_000 && bytes <= MOST_BYTES, "{bytes}");
+    }
 
     fn container(id: &str, name: Option<&str>) -> Container {
         let runtime = ["docker", "containerd", "lxc"].into_iter().find(|engine| id.starts_with(engine));

@@ -2,8 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, RenameFlags, openat, renameat_with, unlinkat};
+use rustix::io::Errno;
 
 /// Extension of a file that is being written.
 pub(super) const TEMPORARY: &str = "tmp";
@@ -71,4 +75,80 @@ pub(super) fn with_extension(directory: &Path, extension: &str) -> Vec<PathBuf> 
     let mut found: Vec<PathBuf> = all.filter(|path| path.extension().is_some_and(|its| its == extension)).collect();
     found.sort();
     found
+}
+
+/// Opens a directory; a link is none.
+pub(super) fn open_directory(at: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(openat(at, path, flags, Mode::empty())?)
+}
+
+/// Removes a directory with all that is in it, `most` files at most: where there are more, it fails, and goes on when it is
+/// called again. What is in the directory may be a container's making, and still be changed by it: however deep it is, it
+/// takes no more stack and no more descriptors.
+pub(super) fn remove_tree(path: &Path, most: usize) -> io::Result<()> {
+    let top = open_directory(CWD, path)?;
+    let (mut left, mut turn) = (most, 0_usize);
+    let mut inner: Vec<String> = vec![".".into()];
+    while let Some(name) = inner.pop() {
+        let directory = open_directory(&top, Path::new(&name))?;
+        for entry in Dir::read_from(&directory)? {
+            let entry = entry?;
+            let below = entry.file_name();
+            if matches!(below.to_bytes(), b"." | b"..") {
+                continue;
+            }
+            left = left.checked_sub(1).ok_or_else(|| io::Error::other("there is too much in it"))?;
+            match unlinkat(&directory, below, AtFlags::empty()) {
+                // Directories are brought up to the top, and emptied there.
+                Err(Errno::ISDIR) => loop {
+                    turn += 1;
+                    let aside = format!(".{turn}");
+                    match renameat_with(&directory, below, &top, &*aside, RenameFlags::NOREPLACE) {
+                        Err(Errno::EXIST) if turn < 2 * most => continue,
+                        result => result?,
+                    }
+                    inner.push(aside);
+                    break;
+                },
+                result => result?,
+            }
+        }
+        if name != "." {
+            unlinkat(&top, &*name, AtFlags::REMOVEDIR)?;
+        }
+    }
+    fs::remove_dir(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::mkdirat;
+
+    #[test]
+    fn a_tree_of_any_depth_goes_and_what_it_links_to_stays() {
+        let place = tempfile::tempdir().unwrap();
+        let (tree, other) = (place.path().join("tree"), place.path().join("other"));
+        [&tree, &other].iter().for_each(|path| fs::create_dir(path).unwrap());
+        fs::write(other.join("file"), "precious").unwrap();
+        let mut at = open_directory(CWD, &tree).unwrap();
+        for _ in 0..30_000 {
+            mkdirat(&at, "d", Mode::RWXU).unwrap();
+            at = open_directory(&at, Path::new("d")).unwrap();
+        }
+        for name in ["a", "b"] {
+            std::os::unix::fs::symlink(&other, tree.join(name)).unwrap();
+            fs::create_dir(tree.join(name.to_uppercase())).unwrap();
+            fs::write(tree.join(name.to_uppercase()).join("file"), "").unwrap();
+        }
+        // With a bound, it comes to an end all the same.
+        let mut rounds = 0;
+        while tree.exists() {
+            rounds += 1;
+            assert_eq!(remove_tree(&tree, 10_000).is_ok(), !tree.exists());
+        }
+        assert_eq!(rounds, 4);
+        assert_eq!(fs::read_to_string(other.join("file")).unwrap(), "precious");
+    }
 }

@@ -16,7 +16,8 @@ pub(crate) mod view;
 mod whole;
 mod withdrawal;
 
-use std::path::Path;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 
 use crate::core::device::{Access, Number};
 use crate::core::ledger::{Entry, Grant, Holder, Node, Origin, Placement};
@@ -29,6 +30,7 @@ use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
 use crate::sys::cgroup::{Cgroup, CgroupRoot};
 use crate::sys::device_filter::DeviceFilter;
+use crate::sys::held::{self, Held};
 use crate::sys::host::{Host, require_fitness};
 use crate::sys::namespace::inside;
 use crate::sys::node::{self, Before, Made, NodeError};
@@ -59,9 +61,14 @@ impl Executor {
         let cgroups = CgroupRoot::find()?;
         let host = Host::observe()?;
         let ledger = Store::open(Path::new(RUN_DIRECTORY))?;
-        let executor = |ledger| {
+        let executor = |ledger: Store| {
             let (persisted, mirrors) = (Persisted::take_over(), Mirrors::load());
-            Executor { cgroups, host, ledger, persisted, filter: None, mirrors }
+            let executor = Executor { cgroups, host, ledger, persisted, filter: None, mirrors };
+            // Else the agent finds out first what is known again.
+            if executor.ledger.lost().is_empty() {
+                executor.end_unknown();
+            }
+            executor
         };
         Ok(ledger.map(executor))
     }
@@ -240,7 +247,21 @@ impl Executor {
         self.ledger.record(entry)
     }
 
+    /// On failure, nothing that may have been made opens.
     fn make_node(&mut self, grant: &Grant) -> Result<Placement> {
+        let result = self.try_to_make_node(grant);
+        let is_other = |entry: &Entry| !entry.grant.is_same(grant) && entry.is_settled();
+        let mut at_its_path = self
+            .ledger
+            .of(&grant.holder.id)
+            .filter(|entry| entry.grant.holder.is_same_run(&grant.holder) && entry.grant.node.path == grant.node.path);
+        if result.is_err() && !at_its_path.any(is_other) {
+            self.end_file(&grant.holder, grant.device.number, &grant.node)?;
+        }
+        result
+    }
+
+    fn try_to_make_node(&mut self, grant: &Grant) -> Result<Placement> {
         let holder = &grant.holder;
         let process = process_of(holder)?;
         // Only a rule may take the place of a node that an unplugged device left: what a person typed may be a slip.
@@ -256,10 +277,35 @@ impl Executor {
         })
     }
 
+    /// Makes a node in a container with a user namespace useless, wherever the container has it.
+    fn end_file(&self, holder: &Holder, number: Number, node: &Node) -> Result<()> {
+        let held = Held::of(holder.pid, holder.start_time);
+        let what = || format!("take back the node {}, which is {}", node.path, held.file(&node.path).display());
+        held.end(&node.path, number).map_err(|error| in_container(holder.label(), what())(error))
+    }
+
+    /// Makes useless what is held of nodes that the ledger does not know.
+    pub fn end_unknown(&self) {
+        let ours = self.ledger.entries().filter(|it| !matches!(it.placement, Placement::Container | Placement::Host));
+        let file = |grant: &Grant| Held::of(grant.holder.pid, grant.holder.start_time).file(&grant.node.path);
+        let kept: HashSet<PathBuf> = ours.map(|entry| file(&entry.grant)).collect();
+        if let Err(error) = held::sweep(|file| kept.contains(file)) {
+            tracing::error!("nodes that no ledger tells of stay: {error}");
+        }
+    }
+
     fn remove_node(&self, holder: &Holder, number: Number, node: &Node, directories: &[String]) -> Result<()> {
-        // A container that ended took its nodes along.
+        // First of all: the container may have done anything with it, and one that ended may have left it to somebody.
+        if node.link_to.is_none() {
+            self.end_file(holder, number, node)?;
+        }
         let process = match process_of(holder) {
             Err(Error::ContainerExited(_)) if process::is_gone(holder.pid, holder.start_time) => return Ok(()),
+            // Its user has made another one of it, and whatever he has there opens for nobody.
+            Err(error @ Error::Refused { .. }) if holder.user != 0 => {
+                tracing::warn!(container = holder.label(), "{} stays, and is of no use: {}", node.path, error.chain());
+                return Ok(());
+            }
             process => process?,
         };
         let (its_node, its_directories) = (node.clone(), directories.to_vec());

@@ -9,6 +9,7 @@ use crate::core::ledger::{Entry, Grant, Holder, Placement};
 use crate::error::{Error, Result};
 use crate::ops::Executor;
 use crate::ops::live::{hold, lookup, process_of};
+use crate::sys::held::Held;
 use crate::sys::namespace::{Inside, inside};
 use crate::sys::{node, stray};
 
@@ -22,7 +23,12 @@ impl Executor {
         let unknown = self.unknown()?;
         for grant in desired.iter().filter(|grant| !grant.at_start) {
             let right = unknown.get(&(grant.holder.cgroup_id, grant.device.number));
-            if right.is_none_or(|access| access.union(grant.access) != *access) || self.has_entry_at(grant) {
+            let has_right = match grant.holder.has_filter() {
+                true => right.is_some_and(|access| access.union(grant.access) == *access),
+                // The node is the right.
+                false => Held::of(grant.holder.pid, grant.holder.start_time).file(&grant.node.path).exists(),
+            };
+            if !has_right || self.has_entry_at(grant) {
                 continue;
             }
             let (holder, number, node) = (&grant.holder, grant.device.number, grant.node.clone());

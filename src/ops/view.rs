@@ -27,7 +27,7 @@ use crate::core::page::escaped;
 use crate::error::{Error, Result};
 use crate::failpoint::reached;
 use crate::ops::RUN_DIRECTORY;
-use crate::ops::files::{self, Durable};
+use crate::ops::files::{self, Durable, open_directory};
 use crate::sys::label;
 use crate::sys::mount::{DirectoryId, id_of};
 use crate::sys::network::NetworkId;
@@ -37,6 +37,13 @@ const STARTING: Duration = Duration::from_secs(600);
 
 /// Where the runtimes that engines with hooks call keep their state.
 const STATES: [&str; 2] = ["/run/crun", "/run/runc"];
+
+/// How many names are looked at in a view. A container with CAP_SYS_ADMIN can make its view writable and put there what it
+/// likes, links too: none is followed.
+const MOST: usize = 10_000;
+
+/// How the names of those begin that are being removed. The ids of containers do not.
+const GONE: &str = ".gone.";
 
 /// Whose a view is, and what is known of its run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,7 +145,7 @@ impl View {
     /// All that are somebody's.
     pub(super) fn claimed() -> Vec<(View, Whose)> {
         let claimed = |view: View| {
-            let whose = view.whose()?;
+            let whose = view.whose().filter(|_| !view.is_gone())?;
             Some((View { label: whose.label.clone(), ..view }, whose))
         };
         listed().into_iter().filter_map(claimed).collect()
@@ -156,7 +163,8 @@ impl View {
         };
         let is_free = |view: &View| !view.directory.join("holder.json").exists();
         let is_nobodys = |view: &View| is_free(view) && is_old(view) && !has_state(view);
-        listed().into_iter().filter(is_nobodys).for_each(View::remove);
+        let all = listed().into_iter();
+        all.filter(|view| view.is_gone() || is_nobodys(view)).for_each(View::remove);
     }
 
     fn whose(&self) -> Option<Whose> {
@@ -185,7 +193,7 @@ impl View {
     /// The names of the entries that it has.
     pub(super) fn entries(&self) -> Vec<String> {
         let entries = fs::read_dir(self.path().join("data")).into_iter().flatten().flatten();
-        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        entries.take(MOST).filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
 
     /// What is shown, by the names of the entries.
@@ -251,23 +259,27 @@ impl View {
         let _ = fs::remove_dir(all());
     }
 
-    /// Removes it, with all that it shows.
+    /// Removes it, with all that it shows. What is too much for once goes with [`View::sweep`].
     pub(crate) fn remove(self) {
-        if let Err(error) = fs::remove_dir_all(&self.directory) {
-            tracing::debug!("cannot remove {}: {error}", self.directory.display());
+        let name = self.directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let aside = self.directory.with_file_name(format!("{GONE}{name}"));
+        let directory =
+            if !self.is_gone() && fs::rename(&self.directory, &aside).is_ok() { aside } else { self.directory };
+        if let Err(error) = files::remove_tree(&directory, MOST)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("cannot remove {} at once: {error}", directory.display());
         }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.directory.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(GONE.as_bytes()))
     }
 }
 
 fn listed() -> Vec<View> {
     let entries = fs::read_dir(all()).into_iter().flatten().flatten();
     entries.map(|entry| View { directory: entry.path(), label: None }).collect()
-}
-
-/// A container with CAP_SYS_ADMIN could make its view writable and put links there: none is followed.
-fn open_directory(at: impl std::os::fd::AsFd, path: &Path) -> io::Result<OwnedFd> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(openat(at, path, flags, Mode::empty())?)
 }
 
 fn forget(directory: &OwnedFd, name: &str) -> io::Result<()> {
@@ -279,7 +291,7 @@ fn forget(directory: &OwnedFd, name: &str) -> io::Result<()> {
 
 /// Takes a device out of all tags but these.
 fn untag(all: &OwnedFd, name: &str, kept: &[&str]) -> io::Result<()> {
-    for entry in Dir::read_from(all)? {
+    for entry in Dir::read_from(all)?.take(MOST) {
         let entry = entry?;
         let Ok(tag) = entry.file_name().to_str() else { continue };
         if tag.starts_with('.') || kept.contains(&tag) {

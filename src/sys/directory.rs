@@ -42,13 +42,17 @@ pub(super) fn open_directory(
                         )));
                     }
                     check_file_system(inside, &at, above)?;
+                    inside.change(&at)?;
                     match mkdirat(&at, part, Mode::from_raw_mode(0o755)) {
                         Ok(()) => {
                             made.push(below.clone());
                             reached("node: a directory is made");
                         }
                         Err(Errno::EXIST) => {}
-                        Err(errno) => return Err(NodeError::failed(format!("make the directory {below}"))(errno)),
+                        Err(errno) => {
+                            let what = inside.as_its_root(format!("make the directory {below}"));
+                            return Err(NodeError::failed(what)(errno));
+                        }
                     }
                     resolve(inside, &below)?
                         .ok_or_else(|| NodeError::Refused(format!("{below} vanished while it was made")))?
@@ -127,6 +131,7 @@ pub(super) fn remove_directories(inside: Inside<'_>, directories: &[String]) {
         let (parent, name) = split(path);
         // One that is not empty any more, or gone, is the container's business.
         if let Ok(Some(parent)) = open_directory(inside, parent, None)
+            && inside.change(&parent).is_ok()
             && unlinkat(&parent, name, AtFlags::REMOVEDIR).is_ok()
         {
             reached("node: a directory is removed");

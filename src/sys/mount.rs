@@ -2,7 +2,6 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::c_long;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -55,6 +54,13 @@ pub fn id_of(path: &Path) -> io::Result<DirectoryId> {
 /// Clones the mount of a directory: read-only, without devices, programs and set-user-id, and of no peer group
 /// (open_tree(2), mount_setattr(2)).
 pub fn detached(directory: &Path) -> io::Result<Detached> {
+    let descriptors = own_descriptors()?;
+    let set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    Ok(Detached { tree: clone(directory, set, 0)?, descriptors })
+}
+
+/// Clones the mount of what lies there, as one that is nowhere yet and of no peer group. Attributes are set and cleared.
+pub(super) fn clone(path: &Path, set: u64, clear: u64) -> io::Result<OwnedFd> {
     /// `struct mount_attr`.
     #[repr(C)]
     struct Attributes {
@@ -63,10 +69,8 @@ pub fn detached(directory: &Path) -> io::Result<Detached> {
         propagation: u64,
         user_namespace: u64,
     }
-    let descriptors = own_descriptors()?;
-    let tree = open_tree(CWD, directory, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
-    let set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-    let attributes = Attributes { set, clear: 0, propagation: libc::MS_PRIVATE, user_namespace: 0 };
+    let tree = open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    let attributes = Attributes { set, clear, propagation: libc::MS_PRIVATE, user_namespace: 0 };
     // SAFETY: the path is an empty string that lives for ever, and the structure is as long as it says.
     let result = unsafe {
         libc::syscall(
@@ -78,12 +82,7 @@ pub fn detached(directory: &Path) -> io::Result<Detached> {
             size_of::<Attributes>(),
         )
     };
-    check(result)?;
-    Ok(Detached { tree, descriptors })
-}
-
-fn check(result: c_long) -> io::Result<()> {
-    if result >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 { Ok(tree) } else { Err(io::Error::last_os_error()) }
 }
 
 /// What a container keeps itself of udev's.
@@ -181,10 +180,14 @@ fn make_directory(inside: Inside<'_>, path: &str, made: &mut Vec<String>) -> Res
         return Ok(directory);
     }
     let (above, name) = split(path);
-    match mkdirat(make_directory(inside, above, made)?, name, Mode::from_raw_mode(0o755)) {
+    let at = make_directory(inside, above, made)?;
+    inside.change(&at)?;
+    match mkdirat(at, name, Mode::from_raw_mode(0o755)) {
         Ok(()) => made.push(path.to_owned()),
         Err(Errno::EXIST) => {}
-        Err(errno) => return Err(NodeError::failed(format!("make the directory {path}"))(errno)),
+        Err(errno) => {
+            return Err(NodeError::failed(inside.as_its_root(format!("make the directory {path}")))(errno));
+        }
     }
     resolve(inside, path)?.ok_or_else(|| NodeError::Refused(format!("{path} vanished while it was made")))
 }

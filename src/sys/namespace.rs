@@ -14,11 +14,12 @@ use rustix::io::Errno;
 use crate::core::waits::Waits;
 use crate::error::{Error, Result};
 use crate::sys::group;
+use crate::sys::held::Held;
 use crate::sys::host::Host;
-use crate::sys::mounted::Mapped;
+use crate::sys::mounted::{Errand, Mapped};
+use crate::sys::node::NodeError;
 use crate::sys::process::Process;
 use crate::sys::user_namespace::{UserNamespace, made_by};
-use crate::sys::workshop;
 
 /// How long work inside a container may take. A container can mount a file system of its own making (FUSE) that never
 /// answers, and a network file system may not; the work itself takes microseconds.
@@ -48,6 +49,22 @@ impl Inside<'_> {
     /// Whether nobody waits for the outcome any more: then nothing may be made.
     pub fn is_given_up(&self) -> bool {
         self.given_up.load(Ordering::SeqCst)
+    }
+
+    /// Has to be called before something is made or removed in a directory: no more is done there than the container's root
+    /// may do.
+    pub(super) fn change(&self, directory: &OwnedFd) -> std::result::Result<(), NodeError> {
+        let Some(mapped) = self.mapped else { return Ok(()) };
+        let result = mapped.users.minds_permissions_of(directory, mapped.made_by != 0);
+        result.map_err(|source| NodeError::Failed { what: "act as its root".into(), source })
+    }
+
+    /// What is tried, in words, with what it takes.
+    pub(super) fn as_its_root(&self, what: String) -> String {
+        match self.mapped {
+            Some(_) => format!("{what}, which root of its user namespace has to be allowed to do"),
+            None => what,
+        }
     }
 }
 
@@ -86,7 +103,7 @@ pub fn inside<T: Send + 'static>(
     let given_up = Arc::new(AtomicBool::new(false));
     let (done, outcome) = mpsc::sync_channel(1);
     let its_given_up = Arc::clone(&given_up);
-    let mut task: Task = Box::new(move |place| {
+    let task: Task = Box::new(move |place| {
         let result =
             place.map(|Place { root, host, mapped }| work(Inside { root, host, mapped, given_up: &its_given_up }));
         // Under the lock, so that it is either in time or counted as stuck until now.
@@ -95,60 +112,41 @@ pub fn inside<T: Send + 'static>(
         let _ = done.send(result);
     });
     let parked = parked().as_mut().and_then(|all| all.remove(&key));
-    if let Some(visitor) = parked {
-        match visitor.send(task) {
-            Ok(()) => return wait(key, visitor, outcome, &given_up, started, unresponsive),
-            Err(mpsc::SendError(back)) => task = back,
-        }
-    }
-    let failed =
-        |source| Error::InContainer { container: label.to_owned(), what: "start a thread to enter it".into(), source };
-    let pidfd = process.as_fd().try_clone_to_owned().map_err(failed)?;
-    let visit = Visit { label: label.to_owned(), pid: process.pid, pidfd, host };
-    let (visitor, tasks) = mpsc::channel();
-    let _ = visitor.send(task);
-    std::thread::Builder::new().name("inside".into()).spawn(move || visit.run(tasks)).map_err(failed)?;
-    wait(key, visitor, outcome, &given_up, started, unresponsive)
-}
-
-/// Waits for what a visitor was given to do.
-fn wait<T>(
-    key: (u32, u64),
-    visitor: Visitor,
-    outcome: mpsc::Receiver<Result<T>>,
-    given_up: &AtomicBool,
-    started: Instant,
-    unresponsive: impl Fn() -> Error,
-) -> Result<T> {
-    let outcome_in_time = outcome.recv_timeout(PATIENCE);
-    let mut waits = WAITS.lock().unwrap_or_else(PoisonError::into_inner);
-    waits.took(key, started.elapsed().as_millis() as u64, START.elapsed().as_millis() as u64);
-    drop(waits);
-    let result = match outcome_in_time {
-        Ok(result) => result,
-        Err(_) => {
-            let mut stuck = stuck();
-            match outcome.try_recv() {
-                Ok(result) => result,
-                Err(mpsc::TryRecvError::Empty) => {
-                    given_up.store(true, Ordering::SeqCst);
-                    stuck.insert(key);
-                    return Err(unresponsive());
-                }
-                Err(mpsc::TryRecvError::Disconnected) => panic!("the thread inside a container panicked"),
-            }
+    let visitor = parked.map_or_else(|| Visitor::start(label, process, host), Ok)?;
+    // Who waits there does so until we let him go.
+    let _ = visitor.tasks.send(task);
+    let outcome_in_time = loop {
+        match visitor.said.recv_timeout(PATIENCE.saturating_sub(started.elapsed())) {
+            Ok(Said::Errand(errand)) => errand(),
+            Ok(Said::Done) => break outcome.try_recv().ok(),
+            Err(_) => break None,
         }
     };
-    if result.is_ok()
-        && let Some(all) = parked().as_mut().filter(|all| all.len() < MOST_PARKED)
-    {
-        all.insert(key, visitor);
+    waits().took(key, started.elapsed().as_millis() as u64, now());
+    if let Some(result) = outcome_in_time {
+        if result.is_ok() {
+            visitor.park(key);
+        }
+        return result;
     }
-    result
+    let mut stuck = stuck();
+    match outcome.try_recv() {
+        Ok(result) => result,
+        // An errand is not done any more.
+        Err(mpsc::TryRecvError::Empty) => {
+            given_up.store(true, Ordering::SeqCst);
+            stuck.insert(key);
+            Err(unresponsive())
+        }
+        Err(mpsc::TryRecvError::Disconnected) => panic!("the thread inside container '{label}' panicked"),
+    }
+}
+
+fn stuck() -> MutexGuard<'static, BTreeSet<(u32, u64)>> {
+    STUCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Where a visitor is.
-#[derive(Clone, Copy)]
 struct Place<'a> {
     root: BorrowedFd<'a>,
     host: Host,
@@ -158,8 +156,40 @@ struct Place<'a> {
 /// What a visitor is given to do; where it could not get there, why.
 type Task = Box<dyn FnOnce(Result<Place<'_>>) + Send>;
 
-/// Gives tasks to a thread that is inside a container. When it is dropped, the thread ends with its last task.
-type Visitor = mpsc::Sender<Task>;
+/// What the thread inside says to the one that waits.
+enum Said {
+    Errand(Errand),
+    Done,
+}
+
+/// A thread that is inside a container. When this is dropped, it ends with its last task.
+struct Visitor {
+    tasks: mpsc::Sender<Task>,
+    said: mpsc::Receiver<Said>,
+}
+
+impl Visitor {
+    /// Sends one there.
+    fn start(label: &str, process: &Process, host: Host) -> Result<Visitor> {
+        let failed = |source| Error::InContainer {
+            container: label.to_owned(),
+            what: "start a thread to enter it".into(),
+            source,
+        };
+        let pidfd = process.as_fd().try_clone_to_owned().map_err(failed)?;
+        let visit = Visit { label: label.to_owned(), pid: process.pid, start_time: process.start_time, pidfd, host };
+        let ((tasks, its_tasks), (say, said)) = (mpsc::channel(), mpsc::channel());
+        std::thread::Builder::new().name("inside".into()).spawn(move || visit.run(its_tasks, &say)).map_err(failed)?;
+        Ok(Visitor { tasks, said })
+    }
+
+    /// Lets it wait for the next task, if somebody stays.
+    fn park(self, key: (u32, u64)) {
+        if let Some(all) = parked().as_mut().filter(|all| all.len() < MOST_PARKED) {
+            all.insert(key, self);
+        }
+    }
+}
 
 /// The visitors who wait inside for the next task, by the process that they visit; `None` while nobody stays.
 static PARKED: Mutex<Option<BTreeMap<(u32, u64), Visitor>>> = Mutex::new(None);
@@ -189,41 +219,39 @@ impl Drop for Stay {
     }
 }
 
-fn stuck() -> MutexGuard<'static, BTreeSet<(u32, u64)>> {
-    STUCK.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// What the thread needs of its own.
 struct Visit {
     label: String,
     pid: u32,
+    start_time: u64,
     pidfd: OwnedFd,
     host: Host,
 }
 
 impl Visit {
-    fn run(self, tasks: mpsc::Receiver<Task>) {
-        let entered = self.enter();
+    fn run(self, tasks: mpsc::Receiver<Task>, say: &mpsc::Sender<Said>) {
+        let errands = |errand| drop(say.send(Said::Errand(errand)));
+        let entered = self.enter(&errands);
         let mut tasks = tasks.into_iter();
         let (root, mapped) = match entered {
             Ok(entered) => entered,
             Err(error) => {
                 if let Some(task) = tasks.next() {
                     task(Err(error));
+                    let _ = say.send(Said::Done);
                 }
                 return;
             }
         };
         for task in tasks {
-            // One that ends takes its file systems along.
-            let has_exited = crate::sys::process::has_exited(self.pidfd.as_fd());
             let place = Place { root: root.as_fd(), host: self.host, mapped: mapped.as_ref() };
-            task(if has_exited { Err(self.exited()) } else { Ok(place) });
+            task(self.begin(mapped.as_ref()).map(|()| place));
+            let _ = say.send(Said::Done);
         }
     }
 
     /// Joins the mount namespace. Returns the container's root and what its user namespace needs.
-    fn enter(&self) -> Result<(OwnedFd, Option<Mapped<'_>>)> {
+    fn enter<'a>(&self, errands: &'a dyn Fn(Errand)) -> Result<(OwnedFd, Option<Mapped<'a>>)> {
         let path = format!("/proc/{}/root", self.pid);
         let root = match open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(root) => root,
@@ -238,7 +266,7 @@ impl Visit {
                 reason: "its root directory is the host's own: it is no container, or it is still starting".into(),
             });
         }
-        let mapped = match self.mapped() {
+        let mapped = match self.mapped(errands) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => return Err(self.exited()),
             Err(error) => return Err(self.failed("prepare for its user namespace", error)),
             Ok(mapped) => mapped,
@@ -249,26 +277,26 @@ impl Visit {
             Err(error) => return Err(self.failed("join its mount namespace", error.into())),
             Ok(()) => {}
         }
-        // Root and ids were looked up by number before: only now it is sure whose they are.
-        if crate::sys::process::has_exited(self.pidfd.as_fd()) {
-            return Err(self.exited());
-        }
         rustix::process::umask(Mode::empty());
-        if let Some(mapped) = &mapped {
-            mapped
-                .users
-                .make_files_as_root(mapped.made_by != 0)
-                .map_err(|error| self.failed("act as its root", error))?;
-        }
         Ok((root, mapped))
     }
 
+    /// Before each task: whatever the one before has changed of what this thread may do.
+    fn begin(&self, mapped: Option<&Mapped<'_>>) -> Result<()> {
+        // Root and ids were looked up by number before: only now it is sure whose they are. And a container that ends
+        // takes its file systems along.
+        if crate::sys::process::has_exited(self.pidfd.as_fd()) {
+            return Err(self.exited());
+        }
+        let act = |mapped: &Mapped<'_>| mapped.users.make_files_as_root(mapped.made_by != 0);
+        mapped.map_or(Ok(()), act).map_err(|error| self.failed("act as its root", error))
+    }
+
     /// Where it has a user namespace: what has to be at hand before its mount namespace is joined.
-    fn mapped(&self) -> std::io::Result<Option<Mapped<'_>>> {
+    fn mapped<'a>(&self, errands: &'a dyn Fn(Errand)) -> std::io::Result<Option<Mapped<'a>>> {
         let Some(users) = UserNamespace::of(self.pid)? else { return Ok(None) };
-        workshop::prepare()?;
-        let made_by = made_by(self.pid)?;
-        Ok(Some(Mapped { users, made_by, pidfd: self.pidfd.as_fd(), descriptors: group::own_descriptors()? }))
+        let (made_by, held) = (made_by(self.pid)?, Held::of(self.pid, self.start_time));
+        Ok(Some(Mapped { users, made_by, held, descriptors: group::own_descriptors()?, errands }))
     }
 
     fn exited(&self) -> Error {

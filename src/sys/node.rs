@@ -9,13 +9,14 @@ use rustix::fs::{
     open, openat, readlinkat, renameat, renameat_with, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
+use rustix::path::Arg;
 use thiserror::Error;
 
 use crate::core::device::{Kind, Number};
 use crate::core::ledger::Node;
 use crate::failpoint::reached;
 use crate::sys::directory::{is_hosts, on_host, open_directory, remove_directories, resolve, split};
-use crate::sys::mount::seen_on_host;
+use crate::sys::held::Held;
 use crate::sys::mounted;
 use crate::sys::namespace::Inside;
 
@@ -90,7 +91,8 @@ pub fn before(inside: Inside<'_>, number: Number, node: &Node) -> Before {
     let (parent, name) = split(&node.path);
     if let Ok(Some(directory)) = open_directory(inside, parent, None) {
         let found = look(&directory, name, &node.path).ok().flatten();
-        return match found.is_some_and(|stat| is_it(&directory, name, &stat, number, node)) {
+        let is_it = |stat: &Stat| is_it(&directory, name, stat, number, node) && !is_useless(inside, stat);
+        return match found.is_some_and(|stat| is_it(&stat)) {
             true => Before::There,
             false => Before::Missing { directories: Vec::new() },
         };
@@ -110,7 +112,7 @@ pub fn stands(inside: Inside<'_>, number: Number, node: &Node) -> bool {
         Some(_) => number_of(&stat).is_none(),
         None => {
             (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777) == (uid, gid, node.mode)
-                && (inside.mapped.is_none() || mounted::is_ours(&directory, name))
+                && inside.mapped.is_none_or(|mapped| mounted::is_ours(mapped, &directory, name, &node.path))
         }
     };
     is_as_made && is_it(&directory, name, &stat, number, node) && is_hosts(inside, &directory).is_ok_and(|its| !its)
@@ -131,6 +133,7 @@ pub fn remove(inside: Inside<'_>, number: Number, node: &Node, directories: &[St
     if let Some(directory) = directory
         && !is_hosts(inside, &directory)?
     {
+        inside.change(&directory)?;
         sweep(&directory, &temporary_name(name));
         match look(&directory, name, path)? {
             Some(stat) if is_it(&directory, name, &stat, number, node) => {
@@ -161,6 +164,15 @@ fn make_in(
 ) -> Result<bool, NodeError> {
     let path = &node.path;
     let mut found = look(directory, name, path)?;
+    // One that was taken back, and is still there.
+    if let (Some(mapped), Some(stat)) = (inside.mapped, &found)
+        && is_useless(inside, stat)
+        && let Some(number) = number_of(stat)
+    {
+        let failed = |source| NodeError::Failed { what: format!("remove {path}"), source };
+        mounted::take_out(mapped, directory, name, number).map_err(failed)?;
+        found = look(directory, name, path)?;
+    }
     let same = found.as_ref().is_some_and(|stat| is_it(directory, name, stat, number, node));
     if is_hosts(inside, directory)? {
         // The host's own link leads there in its own way.
@@ -173,6 +185,7 @@ fn make_in(
             )))
         };
     }
+    inside.change(directory)?;
     let is_placeholder =
         |stat: &Stat| inside.mapped.is_some_and(|it| node.link_to.is_none() && mounted::is_placeholder(it, stat));
     match &found {
@@ -195,31 +208,32 @@ fn make_in(
     }
     if let Some(mapped) = inside.mapped {
         let failed = |source| NodeError::Failed { what: format!("mount a device node at {path}"), source };
-        let looked = |source| NodeError::Failed { what: format!("look at the mount of {parent}"), source };
-        if let Some(place) = seen_on_host(&mapped.descriptors, directory).map_err(looked)? {
-            return Err(NodeError::Refused(format!(
-                "{parent} is mounted with shared propagation, and what is mounted there would appear in {place} on the host: mount it with private or slave propagation"
-            )));
-        }
+        mounted::refuse_shared(mapped, directory, parent)?;
         // What is mounted there cannot be renamed over.
         if let Some(number) = found.as_ref().and_then(number_of) {
             mounted::take_out(mapped, directory, name, number).map_err(failed)?;
             found = None;
         }
         if node.link_to.is_none() {
-            return mounted::put(mapped, directory, name, found.is_some(), number, node).map(|()| true).map_err(failed);
+            if !Held::can_hold(path) {
+                return Err(NodeError::Refused(format!(
+                    "{path} is too long for a container with a user namespace: name a shorter destination"
+                )));
+            }
+            return mounted::put(inside, mapped, directory, name, found.is_some(), number, node).map(|()| true);
         }
     }
     let temporary = temporary_name(name);
     sweep(directory, &temporary);
-    let failed = NodeError::failed(format!("make a device node in {parent}"));
     let placed = match &node.link_to {
         Some(target) => {
+            let failed = NodeError::failed(inside.as_its_root(format!("make a link in {parent}")));
             symlinkat(&**target, directory, &*temporary).map_err(failed)?;
             reached("node: a link is made under its temporary name");
             Ok(())
         }
         None => {
+            let failed = NodeError::failed(format!("make a device node in {parent}"));
             make_at(directory, &temporary, number, node.mode).map_err(failed)?;
             reached("node: made under its temporary name");
             own(directory, &temporary, number, node).inspect(|()| reached("node: has its owner"))
@@ -244,6 +258,7 @@ fn make_in(
 
 /// Removes a node or a link that was looked at. Says whether it was still that one.
 pub(super) fn take_out(inside: Inside<'_>, directory: &OwnedFd, name: &str, stat: &Stat) -> io::Result<bool> {
+    inside.change(directory).map_err(io::Error::other)?;
     let result = match (inside.mapped, number_of(stat)) {
         (Some(mapped), Some(number)) => mounted::take_out(mapped, directory, name, number),
         _ => unlinkat(directory, name, AtFlags::empty()).map(|()| true).map_err(io::Error::from),
@@ -288,6 +303,10 @@ fn is_it(directory: &OwnedFd, name: &str, stat: &Stat, number: Number, node: &No
     number_of(stat) == Some(number) || node.link_to.as_deref().is_some_and(leads_to)
 }
 
+fn is_useless(inside: Inside<'_>, stat: &Stat) -> bool {
+    inside.mapped.is_some_and(|mapped| mounted::is_useless(mapped, stat))
+}
+
 /// The host's node of a device, open to be asked about.
 pub fn of_host(path: &str, number: Number) -> io::Result<OwnedFd> {
     let fd = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
@@ -306,7 +325,7 @@ pub fn anonymous(number: Number) -> io::Result<OwnedFd> {
     fd
 }
 
-pub(super) fn make_at(directory: impl AsFd, name: &str, number: Number, mode: u32) -> Result<(), Errno> {
+pub(super) fn make_at(directory: impl AsFd, name: impl Arg, number: Number, mode: u32) -> Result<(), Errno> {
     let kind = match number.kind {
         Kind::Char => FileType::CharacterDevice,
         Kind::Block => FileType::BlockDevice,

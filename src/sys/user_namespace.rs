@@ -54,7 +54,8 @@ impl UserNamespace {
     }
 
     /// Has this thread make files as the container's root: a file system of the container's knows no others (EOVERFLOW).
-    /// What it may do stays as it is; in a container of an ordinary user it may no more among files than that user.
+    /// In a container of an ordinary user it may no more among files than that user; in others, what is said by
+    /// [`UserNamespace::minds_permissions_of`].
     /// He decides what lies where in it, and directories of the host that are not his may.
     pub fn make_files_as_root(&self, is_users: bool) -> io::Result<()> {
         if is_users {
@@ -72,28 +73,33 @@ impl UserNamespace {
             return Err(io::Error::from_raw_os_error(libc::EPERM));
         }
         // An id other than 0 has lost the capabilities on files (capabilities(7)).
-        let failed = |error: caps::errors::CapsError| io::Error::other(error);
-        let mut permitted = caps::read(None, CapSet::Permitted).map_err(failed)?;
-        if is_users {
-            permitted.retain(|capability| !OVER_FILES.contains(capability));
-        }
-        caps::set(None, CapSet::Effective, &permitted).map_err(failed)
+        pass_over_permissions(!is_users)
     }
+
+    /// Before something is changed in a directory: permissions are passed over only where the container's root may do that
+    /// itself, which takes an owner and a group that it knows (capable_wrt_inode_uidgid, kernel/capability.c).
+    pub fn minds_permissions_of(&self, directory: impl AsFd, is_users: bool) -> io::Result<()> {
+        if is_users {
+            return Ok(());
+        }
+        let stat = rustix::fs::fstat(directory)?;
+        pass_over_permissions(self.knows(stat.st_uid, stat.st_gid))
+    }
+}
+
+/// Whether this thread passes over the permissions of files.
+fn pass_over_permissions(passes: bool) -> io::Result<()> {
+    let failed = |error: caps::errors::CapsError| io::Error::other(error);
+    let mut permitted = caps::read(None, CapSet::Permitted).map_err(failed)?;
+    if !passes {
+        permitted.retain(|capability| !OVER_FILES.contains(capability));
+    }
+    caps::set(None, CapSet::Effective, &permitted).map_err(failed)
 }
 
 /// What passes over the permissions of files.
 const OVER_FILES: [Capability; 3] =
     [Capability::CAP_DAC_OVERRIDE, Capability::CAP_DAC_READ_SEARCH, Capability::CAP_FOWNER];
-
-/// Lets this thread change a node of ours, whatever the container has done to its owner.
-pub fn with_ownership<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let failed = |error: caps::errors::CapsError| io::Error::other(error);
-    let before = caps::read(None, CapSet::Effective).map_err(failed)?;
-    caps::raise(None, CapSet::Effective, Capability::CAP_FOWNER).map_err(failed)?;
-    let result = work();
-    caps::set(None, CapSet::Effective, &before).map_err(failed)?;
-    result
-}
 
 /// Takes this thread out of the groups that it was started in.
 fn give_up_groups() -> io::Result<()> {

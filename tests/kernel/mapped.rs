@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 
 use qm_hotplug::core::device::Number;
 use qm_hotplug::core::ledger::Node;
+use qm_hotplug::sys::held::Held;
 use qm_hotplug::sys::host::Host;
 use qm_hotplug::sys::namespace::{Inside, inside};
 use qm_hotplug::sys::node::{self, Before, Made, NodeError};
+use rustix::fs::{Gid, Uid};
 use rustix::io::Errno;
 
 use crate::actor::Actor;
@@ -24,6 +26,7 @@ pub const TESTS: &[(&str, fn())] = &[
     ("mapped::a_file_system_like_ours_is_no_node_of_ours", a_file_system_like_ours),
     ("mapped::what_the_container_puts_in_its_place_stays", what_the_container_puts_in_its_place),
     ("mapped::a_read_only_dev_is_refused_in_words", a_read_only_dev_is_refused),
+    ("mapped::where_its_root_may_not_write_nothing_is_made", where_its_root_may_not_write),
     ("mapped::a_namespace_that_knows_one_id_is_served", a_namespace_that_knows_one_id),
     ("mapped::a_container_that_swaps_and_unmounts_reaches_nothing", a_container_that_swaps_and_unmounts),
 ];
@@ -42,6 +45,7 @@ impl Mapped {
     fn with(map: &str, prepare: impl FnOnce(&Path)) -> Mapped {
         let root = Nodes::new();
         fs::create_dir(root.path().join("dev")).unwrap();
+        rustix::fs::chown(root.path(), Some(Uid::from_raw(100_000)), Some(Gid::from_raw(100_000))).unwrap();
         prepare(root.path());
         let actor = Actor::start_mapped(root.path(), map);
         Mapped { actor, root }
@@ -70,7 +74,14 @@ impl Mapped {
         self.visit(move |inside| node::make(inside, number, &wanted, replace))
     }
 
+    fn held(&self) -> Held {
+        let process = self.actor.process();
+        Held::of(process.pid, process.start_time)
+    }
+
+    /// As a removal does it.
     fn remove(&self, number: Number, path: &str, directories: &[String]) -> bool {
+        self.held().end(path, number).unwrap();
         let (node, directories) = (Node::at(path), directories.to_vec());
         self.visit(move |inside| node::remove(inside, number, &node, &directories)).unwrap()
     }
@@ -151,7 +162,7 @@ fn owner_and_mode_are_exact() {
     }
     // A link, and a place that only root of the container may write to.
     fs::set_permissions(container.path("/dev"), fs::Permissions::from_mode(0o1555)).unwrap();
-    rustix::fs::chown(container.path("/dev"), Some(rustix::fs::Uid::from_raw(100_007)), None).unwrap();
+    rustix::fs::chown(container.path("/dev"), Some(Uid::from_raw(100_007)), Some(Gid::from_raw(100_007))).unwrap();
     let link = Node { link_to: Some("/dev/a/node".into()), ..Node::at("/dev/c/link") };
     let Made::Ours { directories } = container.make(NULL, &link, false).unwrap() else { panic!() };
     assert_eq!((container.look("/dev/c/link").unwrap().uid(), directories.len()), (100_000, 1));
@@ -172,45 +183,38 @@ fn what_the_host_has_mounted_stays() {
         container.remove(number, "/dev/node", &[]);
         assert_eq!(mounts("self"), before);
     }
-    assert_eq!(mounts_of_workshops(), [1], "nothing of the host's is kept busy where nodes are made");
-}
-
-/// How much is mounted in other mount namespaces that this process holds.
-fn mounts_of_workshops() -> Vec<usize> {
-    let own = fs::read_link("/proc/self/ns/mnt").unwrap();
-    let is_other =
-        |path: &PathBuf| fs::read_link(path).is_ok_and(|to| to != own && to.to_string_lossy().starts_with("mnt:"));
-    let held = fs::read_dir("/proc/self/fd").unwrap().flatten().map(|entry| entry.path()).filter(is_other);
-    let held: Vec<fs::File> = held.map(|path| fs::File::open(path).unwrap()).collect();
-    let proc = fs::File::open("/proc").unwrap();
-    let visit = move || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
-        let count = |namespace: &fs::File| {
-            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-            let flags = rustix::fs::OFlags::RDONLY;
-            let info = rustix::fs::openat(&proc, "thread-self/mountinfo", flags, rustix::fs::Mode::empty()).unwrap();
-            std::io::read_to_string(fs::File::from(info)).unwrap().lines().count()
-        };
-        held.iter().map(count).collect()
-    };
-    std::thread::spawn(visit).join().unwrap()
+    assert!(!Path::new("/run/qm-hotplug/nodes").exists(), "no file is left");
 }
 
 fn a_copy_is_of_no_use() {
-    for hide in [false, true] {
+    for how in ["as it is", "read-only", "unmounted", "covered", "hidden"] {
         let mut container = Mapped::new();
-        fs::write(container.root.path().join("copy"), "").unwrap();
+        for name in ["copy", "other"] {
+            fs::write(container.root.path().join(name), "").unwrap();
+        }
         container.make(ZERO, &Node { mode: 0o666, ..Node::at("/dev/zero") }, false).unwrap();
         assert_eq!(container.actor.mount("/dev/zero", "/copy"), Ok(()));
         assert_eq!(container.actor.open("rw", "/copy"), Ok(()));
-        if hide {
+        match how {
             // A mount that cannot be written to saves nothing.
-            container.actor.remount_bound("/dev/zero");
+            "read-only" => container.actor.remount_bound("/dev/zero"),
+            "unmounted" => assert_eq!(container.actor.unmount("/dev/zero"), Ok(())),
+            "covered" => assert_eq!(container.actor.mount("/other", "/dev/zero"), Ok(())),
+            "hidden" => assert_eq!(container.actor.mount("tmpfs", "/dev"), Ok(())),
+            _ => {}
         }
-        assert!(container.remove(ZERO, "/dev/zero", &[]));
-        assert_eq!(container.actor.open("r", "/copy"), Err(Errno::ACCESS));
-        assert_eq!(container.owner("/copy"), Some((0, 0, 0)));
-        assert!(container.look("/dev/zero").is_none());
+        let is_there = matches!(how, "as it is" | "read-only" | "covered");
+        assert_eq!(container.remove(ZERO, "/dev/zero", &[]), is_there, "{how}");
+        assert_eq!(container.actor.open("r", "/copy"), Err(Errno::ACCESS), "{how}");
+        assert_eq!(container.owner("/copy"), Some((0, 0, 0)), "{how}");
+        assert!(container.look("/dev/zero").is_none(), "{how}");
+        assert!(!container.held().file("/dev/zero").exists(), "{how}");
+        // It takes no other one's place.
+        if is_there {
+            assert_eq!(container.make(ZERO, &Node { mode: 0o666, ..Node::at("/copy") }, false).unwrap(), ours());
+            assert_eq!(container.actor.open("rw", "/copy"), Ok(()));
+            assert!(container.remove(ZERO, "/copy", &[]));
+        }
     }
 }
 
@@ -286,14 +290,12 @@ fn what_the_container_puts_in_its_place() {
     assert!(!container.remove(ZERO, "/dev/zero", &[]));
     assert!(container.look("/dev/zero").is_some());
     container.actor.files(&["remove", "/dev/zero"]);
-    // Something mounted over it.
+    // What is mounted over it goes with it: nothing can be mounted on a file that is removed.
     fs::write(container.root.path().join("file"), "").unwrap();
     container.make(ZERO, &node(), false).unwrap();
     assert_eq!(container.actor.mount("/file", "/dev/zero"), Ok(()));
-    assert!(!container.remove(ZERO, "/dev/zero", &[]));
-    assert_eq!(container.actor.unmount("/dev/zero"), Ok(()));
     assert!(container.remove(ZERO, "/dev/zero", &[]));
-    assert!(container.look("/dev/zero").is_none());
+    assert!(container.look("/dev/zero").is_none() && container.look("/file").is_some());
     // A link in place of the file.
     container.actor.files(&["link", "/file", "/dev/zero"]);
     assert!(matches!(container.make(ZERO, &node(), true), Err(NodeError::Refused(_))));
@@ -313,6 +315,25 @@ fn a_read_only_dev_is_refused() {
     container.actor.remount("/dev", false);
     container.make(ZERO, &wish("/dev/zero"), false).unwrap();
     assert_eq!(container.actor.open("r", "/dev/zero"), Ok(()));
+}
+
+/// A directory of the host's, which is a stranger's inside.
+fn where_its_root_may_not_write() {
+    let container = Mapped::with("0 100000 65536", |root| fs::create_dir(root.join("out")).unwrap());
+    make_node(&container.root.path().join("out/lying"), NULL);
+    let before = container.snapshot();
+    let link = |path: &str| Node { link_to: Some("/dev/zero".into()), ..Node::at(path) };
+    for wanted in [wish("/out/zero"), wish("/out/a/zero"), link("/out/link"), link("/out/a/link")] {
+        let error = match container.make(ZERO, &wanted, false) {
+            Err(error @ NodeError::Failed { .. }) => error.to_string(),
+            other => panic!("{other:?}"),
+        };
+        assert!(error.contains("root of its user namespace has to be allowed"), "{error}");
+    }
+    let removed = container.visit(|it| node::remove(it, NULL, &Node::at("/out/lying"), &[]));
+    assert!(matches!(removed, Err(NodeError::Failed { .. })), "{removed:?}");
+    assert_eq!(container.snapshot(), before);
+    container.held().end("/out/zero", ZERO).unwrap();
 }
 
 /// As rootless engines map a user without further ids. Root of it is the only one there is.
@@ -346,8 +367,9 @@ fn a_container_that_swaps_and_unmounts() {
             _ => container.actor.begin(&["replace", path, "/out/victim"]),
         }
         let (process, seen) = (container.actor.process(), Host::observe().unwrap());
-        let mut made = 0;
-        for _ in 0..20 {
+        let (mut made, mut visits) = (0, 0);
+        while made < 200 && visits < 1000 {
+            visits += 1;
             let wanted = wish(path);
             made += inside("test", &process, seen, move |inside| {
                 let one = || {
@@ -355,10 +377,11 @@ fn a_container_that_swaps_and_unmounts() {
                     let _ = node::remove(inside, ZERO, &wanted, &[]);
                     u32::from(made)
                 };
-                (0..200).map(|_| one()).sum::<u32>()
+                (0..20).map(|_| one()).sum::<u32>()
             })
             .unwrap();
         }
+        container.held().end(path, ZERO).unwrap();
         let tries = container.actor.stop()[0].tries;
         assert!(made > 50 && tries > 20, "{kind}: no race took place: {made} made, {tries} tries");
         assert_eq!(snapshot(prey.path()), before, "{kind}");

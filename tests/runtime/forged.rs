@@ -1,7 +1,7 @@
 //! What ordinary users can write about containers, for the agent to believe.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,13 +14,15 @@ use crate::selectors::asks;
 use crate::state::entries;
 use crate::support::podman::Container;
 use crate::support::user::{User, give};
-use crate::support::{Agent, agent_log, grants, qm, serve_users, wait_for};
+use crate::support::{Agent, agent_log, grants, qm, serve_users, wait_for, wait_within};
 
 pub(crate) const ONCE: &[CaseOnce] = &[
     ("forged::state_of_others_gets_nothing", state_of_others_gets_nothing),
     ("forged::a_user_who_asks_for_all_gets_what_he_may_open", asks_for_all),
     ("forged::files_that_are_none_harm_nobody", files_that_are_none_harm_nobody),
     ("forged::a_flood_keeps_nobody_waiting", a_flood_keeps_nobody_waiting),
+    ("forged::directories_without_end_take_nobodys_watches", directories_without_end),
+    ("forged::a_user_has_so_many_grants_and_no_more", a_user_has_so_many_grants),
 ];
 
 /// Asks for all that there is.
@@ -313,4 +315,53 @@ fn a_flood_keeps_nobody_waiting() {
     assert_eq!(log.lines().filter(|line| line.contains(told)).count(), 1, "{log}");
     assert!(!log.contains("panicked") && !log.contains("events were lost"), "{log}");
     drop(agent);
+}
+
+/// She renames the directory of her runtime again and again; there is a number of watches for all users together.
+fn directories_without_end() {
+    let alice = alice();
+    let _device = open_to_all(51);
+    let agent = Agent::start();
+    let run = alice.runtime_directory();
+    for at in 0..6000 {
+        let crun = format!("{run}/crun");
+        fs::create_dir(&crun).unwrap();
+        give(&crun, alice.uid);
+        std::thread::sleep(Duration::from_micros(500));
+        fs::rename(&crun, format!("{run}/was-{at}")).unwrap();
+    }
+    let bob = User::make("qmh-bob", 47_012);
+    let his = bob.start("crun", "web", &[&asks("x", "devname=vcsa51")]);
+    wait_for("what he asks for", || his.opens("/dev/vcsa51"));
+    let hers = alice.start("crun", "web", &[&asks("x", "devname=vcsa51")]);
+    wait_for("what she asks for", || hers.opens("/dev/vcsa51"));
+    assert!(!agent.log().contains("panicked"));
+}
+
+fn a_user_has_so_many_grants() {
+    let alice = alice();
+    let device = open_to_all(51);
+    let roots = Container::start("crun", "qmh-roots", &[&asks("x", "devname=vcsa51")]);
+    let agent = Agent::start();
+    let since = fs::read_to_string(agent_log()).unwrap().len();
+    let asked: Vec<String> =
+        (0..60).map(|at| asks(&format!("x{at}"), &format!("devname=vcsa51;as=/dev/x{at}"))).collect();
+    let asked: Vec<&str> = asked.iter().map(String::as_str).collect();
+    let all: Vec<_> = (0..9).map(|at| alice.start("crun", &format!("web{at}"), &asked)).collect();
+    let count = |id: &str| grants().iter().filter(|grant| grant["id"].as_str().unwrap().starts_with(id)).count();
+    let log = || fs::read_to_string(agent_log()).unwrap()[since..].to_owned();
+    let told = "user 47011 has 512 grants, and no rule gives more";
+    wait_within(Duration::from_secs(60), "all that there is", || count("47011@") == 512 && log().contains(told));
+    // Nobody else has less for it, and what she may have again comes again.
+    device.unplug();
+    wait_for("them to go", || grants().is_empty());
+    device.again();
+    fs::set_permissions(&device.path, fs::Permissions::from_mode(0o666)).unwrap();
+    fs::write(format!("/sys/class/vc/{}/uevent", device.path.strip_prefix("/dev/").unwrap()), "add").unwrap();
+    wait_within(Duration::from_secs(60), "them to come", || count("47011@") == 512 && grants().len() == 513);
+    assert!(roots.opens("<>", "/dev/vcsa51"));
+    assert_eq!(log().lines().filter(|line| line.contains(told)).count(), 1, "once");
+    drop(all);
+    wait_for("hers to go", || grants().len() == 1);
+    agent.stop();
 }

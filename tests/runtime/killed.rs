@@ -34,8 +34,14 @@ pub(crate) const ONCE: &[CaseOnce] = &[("killed::at_every_point_the_next_one_mak
 static SEEN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// Points that are reached in containers with a user namespace alone.
-pub(crate) const MAPPED: [&str; 4] =
-    ["node: an empty file is made", "node: mounted", "node: made useless", "node: unmounted"];
+pub(crate) const MAPPED: [&str; 6] = [
+    "node: its file is made",
+    "node: an empty file is made",
+    "node: mounted",
+    "node: made useless",
+    "node: its file is removed",
+    "node: unmounted",
+];
 
 pub(crate) type Start = fn(&str, &str, &[&str]) -> Container;
 

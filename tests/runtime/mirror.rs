@@ -18,6 +18,7 @@ pub(crate) const CASES: &[Case] = &[
     ("mirror::in_a_user_namespace_root_tells", in_a_user_namespace_root_tells),
     ("mirror::what_is_forged_tells_nobody_anything", what_is_forged_tells_nobody_anything),
     ("mirror::who_does_not_read_harms_nobody", who_does_not_read_harms_nobody),
+    ("mirror::who_makes_it_deep_harms_nobody", who_makes_it_deep_harms_nobody),
 ];
 
 const RULE: [&str; 2] = ["--annotation", "org.containers.qm.hotplug.console=devname=/dev/vcsa43"];
@@ -347,4 +348,34 @@ fn who_does_not_read_harms_nobody(runtime: &str) {
     assert_eq!(c.node(&device.path), None);
     assert!(grants().is_empty());
     agent.stop();
+}
+
+/// With CAP_SYS_ADMIN a container can make its view writable.
+fn who_makes_it_deep_harms_nobody(runtime: &str) {
+    use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
+    let agent = Agent::start();
+    let c = Container::start(runtime, "qmh-deep", &[&RULE[..], &["--cap-add=all"]].concat());
+    wait_for("/run/udev in it", || c.sh("test -e /run/udev/control").code == 0);
+    c.sh("mount -o remount,rw,bind /run/udev && ln -s / /run/udev/data/root").ok();
+    let open = |at: std::os::fd::BorrowedFd<'_>, path: &str| {
+        openat(at, path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap()
+    };
+    let mut at = open(CWD, &format!("/proc/{}/root/run/udev/data", c.pid()));
+    for _ in 0..50_000 {
+        mkdirat(&at, "d", Mode::RWXU).unwrap();
+        at = open(std::os::fd::AsFd::as_fd(&at), "d");
+    }
+    drop(at);
+    let views = || std::fs::read_dir("/run/qm-hotplug/udev").map_or(0, Iterator::count);
+    assert_eq!(views(), 1);
+    drop(c);
+    let other = Container::start(runtime, "qmh-after-deep", &RULE);
+    wait_for("/run/udev in the next one", || other.sh("test -e /run/udev/control").code == 0);
+    assert!(agent.log().contains("there is too much in it"), "{}", agent.log());
+    agent.stop();
+    // What was too much goes bit by bit, with each agent.
+    wait_for("nothing to be left of it", || {
+        Agent::start().stop();
+        views() == 1
+    });
 }

@@ -1,6 +1,7 @@
 //! Containers that are held tighter than usual: read-only root directories, security options, and directories of the host's
 //! mounted below `/dev`.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -8,7 +9,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use crate::Case;
 use crate::plug::{Plugged, block};
 use crate::state::{entries, refused};
-use crate::support::podman::Container;
+use crate::support::podman::{Container, MAPPED};
 use crate::support::{grants, qm};
 
 pub(crate) const CASES: &[Case] = &[
@@ -116,6 +117,19 @@ fn a_directory_of_the_hosts(runtime: &str) {
                 let line = refused(&[c.pid()], attach, 5, "shared propagation");
                 assert!(line.contains(shared.0.to_str().unwrap()) && line.contains("private or slave"), "{line}");
                 assert_eq!((shared.names(), host_mounts()), (vec![], before));
+                // So does what is mounted on a file of it, which the container has bound elsewhere.
+                let file = shared.0.join("file");
+                std::fs::write(&file, "").unwrap();
+                std::os::unix::fs::chown(&file, Some(MAPPED), Some(MAPPED)).unwrap();
+                std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0)).unwrap();
+                let pid = c.pid().to_string();
+                let bind = "touch /dev/mine && mount --bind /dev/volume/file /dev/mine";
+                let into = ["-t", &pid, "-m", "-U", "-S", "0", "-G", "0", "--", "/bin/sh", "-c", bind];
+                crate::support::run("nsenter", &into).ok();
+                let attach = || qm(&["attach", &c.name, &device.path, "/dev/mine"]);
+                let line = refused(&[c.pid()], attach, 5, "shared propagation");
+                assert!(line.contains(shared.0.to_str().unwrap()), "{line}");
+                assert_eq!(host_mounts(), before);
                 continue;
             }
             qm(&["attach", &c.name, &device.path, "/dev/volume/mine", "--mode", "0666"]).ok();

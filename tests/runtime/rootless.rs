@@ -20,6 +20,9 @@ pub(crate) const CASES: &[Case] = &[
     ("rootless::names_are_his_own", names_are_his_own),
     ("rootless::users_come_and_go", users_come_and_go),
     ("rootless::who_is_not_named_is_not_served", who_is_not_named_is_not_served),
+    ("rootless::a_copy_that_is_kept_is_of_no_use", a_copy_that_is_kept),
+    ("rootless::a_namespace_that_outlives_its_container_has_nothing", a_namespace_that_outlives),
+    ("rootless::without_its_page_a_node_is_known_again_or_useless", without_its_page),
 ];
 
 /// The group `dialout`, which nobody is in.
@@ -272,4 +275,116 @@ fn who_is_not_named_is_not_served(runtime: &str) {
     agent.reload();
     wait_for("them to go", || has(&later).is_empty());
     agent.stop();
+}
+
+/// Where the host has the files of nodes.
+fn held() -> Vec<String> {
+    let runs = std::fs::read_dir("/run/qm-hotplug/nodes").into_iter().flatten().flatten();
+    let files = runs.flat_map(|run| std::fs::read_dir(run.path()).unwrap().flatten());
+    files.map(|file| file.file_name().into_string().unwrap()).collect()
+}
+
+fn a_copy_that_is_kept(runtime: &str) {
+    let (user, device) = (alice(), console(51).owned_by(0, 0, 0o666));
+    let node = &device.path;
+    for (at, hide) in [
+        format!("umount {node}"),
+        format!("umount {node} && rm {node} && mkdir {node}"),
+        format!("mount --bind /bin/busybox {node}"),
+        "mount -t tmpfs none /dev".to_owned(),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let keep = format!("touch /tmp/copy && mount --bind {node} /tmp/copy && {hide}");
+        let by_person = user.start(runtime, &format!("person-{at}"), &[]);
+        qm(&["attach", &by_person.name, node]).ok();
+        assert_eq!(held().len(), 1);
+        by_person.sh(&keep).ok();
+        assert!(by_person.opens("/tmp/copy"), "{hide}");
+        qm(&["detach", &by_person.name, node]).ok();
+        assert!(!by_person.opens("/tmp/copy") && held().is_empty(), "detached, {hide}");
+        by_person.sh("chmod 666 /tmp/copy; chown 0:0 /tmp/copy; mount -o remount,rw,bind /tmp/copy");
+        assert!(!by_person.opens("/tmp/copy"), "{hide}");
+
+        let agent = Agent::start();
+        let by_rule = user.start(runtime, &format!("rule-{at}"), &[&asks("x", "devname=vcsa51")]);
+        wait_for("what it asks for", || grants().len() == 1);
+        by_rule.sh(&keep).ok();
+        assert!(by_rule.opens("/tmp/copy"), "{hide}");
+        device.unplug();
+        wait_for("it to go", || grants().is_empty() && held().is_empty());
+        // The next device with the number.
+        device.again();
+        std::fs::set_permissions(node, std::fs::Permissions::from_mode(0o666)).unwrap();
+        assert!(!by_rule.opens("/tmp/copy"), "unplugged, {hide}");
+        drop(by_rule);
+        wait_for("nothing to be left", || grants().is_empty() && held().is_empty());
+        agent.stop();
+    }
+}
+
+/// A process of his stays behind in the mount namespace.
+fn a_namespace_that_outlives(runtime: &str) {
+    let (user, device) = (alice(), console(51).owned_by(0, 0, 0o666));
+    for is_agent_there in [true, false] {
+        let agent = Agent::start();
+        let c = user.start(runtime, "web", &[&asks("x", "devname=vcsa51")]);
+        wait_for("what it asks for", || grants().len() == 1);
+        let pid = c.pid.to_string();
+        let enter = ["-t", &pid, "-U", "-m", "-S", "0", "-G", "0", "--", "/bin/busybox", "sleep", "1000"];
+        let mut stays = std::process::Command::new("nsenter").args(enter).spawn().unwrap();
+        let program = format!("/proc/{}/exe", stays.id());
+        wait_for("it to be inside", || std::fs::read_link(&program).is_ok_and(|program| program.ends_with("busybox")));
+        let opens = || {
+            let stays = stays.id().to_string();
+            let line = format!("exec 3<>{}", device.path);
+            let into = ["-t", &stays, "-U", "-m", "-S", "0", "-G", "0", "--", "/bin/busybox", "sh", "-c", &line];
+            crate::support::run("nsenter", &into).code == 0
+        };
+        assert!(opens());
+        let agent = if is_agent_there {
+            drop(c);
+            agent
+        } else {
+            agent.stop();
+            drop(c);
+            assert!(opens());
+            Agent::start()
+        };
+        wait_for("what it had to go", || grants().is_empty() && held().is_empty());
+        assert!(!opens());
+        stays.kill().unwrap();
+        stays.wait().unwrap();
+        agent.stop();
+    }
+}
+
+fn without_its_page(runtime: &str) {
+    let (user, device) = (alice(), console(51).owned_by(0, 0, 0o666));
+    let other = console(52).owned_by(0, 0, 0o600);
+    let agent = Agent::start();
+    let c = user.start(runtime, "web", &[&asks("x", "devname=vcsa51")]);
+    qm(&["attach", &c.name, &other.path]).ok();
+    wait_for("both", || grants().len() == 2);
+    c.sh(&format!("touch /tmp/copy && mount --bind {} /tmp/copy", other.path)).ok();
+    agent.stop();
+    for page in crate::state::ledger().keys() {
+        std::fs::write(page, "no page").unwrap();
+    }
+    let agent = Agent::start();
+    assert_eq!((has(&c), held()), (vec![device.path.clone()], vec!["%2Fdev%2Fvcsa51".to_owned()]), "{}", agent.log());
+    assert_eq!(grants()[0]["node"], "ours");
+    assert!(c.opens(&device.path) && !c.opens(&other.path) && !c.opens("/tmp/copy"));
+    // What is of no use is in nobody's way.
+    qm(&["attach", &c.name, &other.path]).ok();
+    assert!(c.opens(&other.path) && !c.opens("/tmp/copy"));
+    qm(&["detach", &c.name, &other.path]).ok();
+    device.unplug();
+    wait_for("it to go", || grants().is_empty() && held().is_empty());
+    assert_eq!((c.node(&device.path), c.node(&other.path)), (None, None));
+    agent.stop();
+    for file in std::fs::read_dir("/run/qm-hotplug/ledger").unwrap().flatten() {
+        std::fs::remove_file(file.path()).unwrap();
+    }
 }

@@ -222,6 +222,14 @@ fn what_the_container_does_to_its_node(runtime: &str) {
     );
     assert!(past.code != 0 && past.stderr.contains("ermission denied"), "{past:?}");
     c.sh("umount /tmp/copy && rm /tmp/copy").ok();
+    // Nor where the node itself is not to be found.
+    qm(&["attach", &c.name, &device.path]).ok();
+    c.sh(&format!("touch /tmp/copy && mount --bind {0} /tmp/copy && umount {0}", device.path)).ok();
+    assert!(c.opens("<", "/tmp/copy"));
+    qm(&["detach", &c.name, &device.path]).ok();
+    assert_eq!(c.open("<", "/tmp/copy"), Err("Permission denied".into()));
+    assert_eq!(c.node("/tmp/copy").unwrap(), "b 7:44 0:0 0000");
+    c.sh("umount /tmp/copy && rm /tmp/copy").ok();
     // Unmounted, made read-only, bound over, replaced.
     let node = &device.path;
     for line in [

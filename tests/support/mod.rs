@@ -80,7 +80,8 @@ pub fn unconfigure() {
 /// An empty /run/qm-hotplug, on a tmpfs as on a real host.
 pub fn fresh_run_directory() {
     std::fs::create_dir_all("/run/qm-hotplug").unwrap();
-    mount(Some("none"), "/run/qm-hotplug", Some("tmpfs"), MsFlags::empty(), Some("mode=0700")).unwrap();
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(Some("none"), "/run/qm-hotplug", Some("tmpfs"), flags, Some("mode=0700")).unwrap();
 }
 
 /// What a finished command said.
