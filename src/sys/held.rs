@@ -66,7 +66,7 @@ impl Held {
 
     /// Device and inode of the file of a node, if there is one.
     pub(super) fn id(&self, path: &str) -> Option<(u64, u64)> {
-        lstat(&self.file(path)).ok().map(|stat| (stat.st_dev, stat.st_ino))
+        lstat(self.file(path)).ok().map(|stat| (stat.st_dev, stat.st_ino))
     }
 
     /// Makes the node of this device useless, wherever it is mounted, and forgets it.

@@ -121,7 +121,7 @@ fn a_directory_of_the_hosts(runtime: &str) {
                 let file = shared.0.join("file");
                 std::fs::write(&file, "").unwrap();
                 std::os::unix::fs::chown(&file, Some(MAPPED), Some(MAPPED)).unwrap();
-                std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0)).unwrap();
+                std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o000)).unwrap();
                 let pid = c.pid().to_string();
                 let bind = "touch /dev/mine && mount --bind /dev/volume/file /dev/mine";
                 let into = ["-t", &pid, "-m", "-U", "-S", "0", "-G", "0", "--", "/bin/sh", "-c", bind];
