@@ -13,8 +13,12 @@ lab_packages() {
         docker.io containerd lxc systemd-container \
         busybox-static bpftool iproute2 ca-certificates \
         libinput-tools v4l-utils alsa-utils python3-pyudev
-    # In bookworm the client is a part of docker.io, and there is a CRIU that Podman's runc can call.
-    if [[ $1 == bookworm ]]; then echo criu; else echo docker-cli; fi
+    # In bookworm the client is a part of docker.io, and there is a CRIU that Podman's runc can call. Incus is not in it.
+    if [[ $1 == bookworm ]]; then
+        echo criu
+    else
+        printf '%s\n' docker-cli incus-base incus-client
+    fi
 }
 
 # What the initrd loads before the root file system can be mounted.
@@ -133,7 +137,10 @@ customize() {
         ln -sf /dev/null "$root/etc/systemd/system/$unit"
     done
     # The case that needs them starts them: they would double the time of every boot.
-    chroot "$root" systemctl --quiet disable docker.service docker.socket containerd.service lxc.service lxc-net.service
+    for unit in docker.service docker.socket containerd.service lxc.service lxc-net.service lxcfs.service \
+        incus.service incus.socket incus-startup.service incus-user.service incus-user.socket; do
+        [[ ! -e $root/usr/lib/systemd/system/$unit ]] || chroot "$root" systemctl --quiet disable "$unit"
+    done
     local wants=$root/etc/systemd/system/multi-user.target.wants
     mkdir -p "$wants"
     ln -s ../qmh-lab-agent.service ../qmh-lab-binary.service "$wants/"

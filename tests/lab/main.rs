@@ -18,6 +18,7 @@ mod forks;
 mod gadget;
 mod hook;
 mod hub;
+mod incus;
 mod inner_systemd;
 mod install;
 mod mapped;
@@ -75,6 +76,8 @@ fn cases() -> impl Iterator<Item = Case> {
         select_ask::CASES,
         rootless::CASES,
         runtimes::CASES,
+        // Bookworm has no Incus.
+        if is_bookworm { &[] } else { incus::CASES },
         hub::CASES,
         forks::CASES,
         if is_bookworm { checkpoint::CASES } else { &[] },

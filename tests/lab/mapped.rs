@@ -53,11 +53,11 @@ fn start<'vm>(vm: &'vm Vm, name: &str, script: &str, pid: &str, remove: &str) ->
 
 /// As root of the container opens it, in its cgroup.
 #[track_caller]
-fn open(vm: &Vm, container: &Container<'_>) -> String {
+pub(crate) fn open(vm: &Vm, container: &Container<'_>, path: &str) -> String {
     let pid = container.pid;
     vm.ok(&format!(
         "( echo $BASHPID >/sys/fs/cgroup$(sed -n s/^0:://p /proc/{pid}/cgroup)/cgroup.procs && exec nsenter \
-         --target {pid} --mount --user --setuid 0 --setgid 0 sh -c '(exec 3<>/dev/ttyUSB0) 2>&1 && echo opens; true' )"
+         --target {pid} --mount --user --setuid 0 --setgid 0 sh -c '(exec 3<>{path}) 2>&1 && echo opens; true' )"
     ))
 }
 
@@ -79,14 +79,18 @@ fn sticks_reach_them(vm: &Vm) {
             container.wait_for("/dev/ttyUSB0");
             let expected = "character special file bc:0 100000:100020 660";
             assert_eq!(container.node("/dev/ttyUSB0"), expected, "{}, {round}", container.name);
-            let opened = open(vm, container);
+            let opened = open(vm, container, "/dev/ttyUSB0");
             if opened != "opens" {
                 // It was refused once by runc's filter, on a busy host, and nobody knows why: this is to tell.
                 let name = &container.name;
                 let look =
                     "journalctl --sync; journalctl -u qm-hotplug -o short-precise --no-pager | tail -n 40; date +%T.%N";
                 let state = format!("qm-hotplug list; qm-hotplug explain {name} /dev/ttyUSB0; bpftool cgroup tree");
-                eprintln!("{}\nand now: {}", vm.sh(&format!("{look}; {state}")).stdout, open(vm, container));
+                eprintln!(
+                    "{}\nand now: {}",
+                    vm.sh(&format!("{look}; {state}")).stdout,
+                    open(vm, container, "/dev/ttyUSB0")
+                );
             }
             assert_eq!(opened, "opens", "{}, {round}", container.name);
             assert_eq!(grants_of(vm, &container.name).len(), 1);
