@@ -13,11 +13,12 @@ lab_packages() {
         docker.io containerd lxc systemd-container \
         busybox-static bpftool iproute2 ca-certificates \
         libinput-tools v4l-utils alsa-utils python3-pyudev
-    # In bookworm the client is a part of docker.io, and there is a CRIU that Podman's runc can call. Incus is not in it.
+    # In bookworm the client is a part of docker.io, and there is a CRIU that Podman's runc can call. Its policy of SELinux
+    # knows no containers, and Incus is not in it.
     if [[ $1 == bookworm ]]; then
         echo criu
     else
-        printf '%s\n' docker-cli incus-base incus-client
+        printf '%s\n' docker-cli incus-base incus-client selinux-policy-default policycoreutils selinux-utils
     fi
 }
 
@@ -144,6 +145,19 @@ customize() {
     local wants=$root/etc/systemd/system/multi-user.target.wants
     mkdir -p "$wants"
     ln -s ../qmh-lab-agent.service ../qmh-lab-binary.service "$wants/"
+    [[ ! -d $root/etc/selinux/default ]] || label "$root"
+}
+
+# label ROOT: what SELinux calls each file, for the machine that a case boots with it: to do so there takes minutes.
+# Any other boot knows nothing of it, as Debian's kernel takes AppArmor where it is told nothing.
+label() {
+    local root=$1
+    printf 'SELINUX=permissive\nSELINUXTYPE=default\n' >"$root/etc/selinux/config"
+    # Debian's policy for Podman itself lets it start neither containers with runc nor those with a user namespace.
+    echo '(typepermissive podman_t)' >"$root/root/lab.cil"
+    chroot "$root" semodule --noreload --install=/root/lab.cil
+    # Without /proc: from there it would learn that no file system here has labels.
+    chroot "$root" setfiles -F /etc/selinux/default/contexts/files/file_contexts /
 }
 
 # make_initrd ROOT TREE OUTPUT: busybox, the modules that reach the disk, and `initrd-init`.

@@ -86,10 +86,15 @@ impl Vm {
     /// # Panics
     /// With the end of the console log when the machine does not come up.
     pub(crate) fn boot(image: &Image) -> Self {
+        Self::boot_with(image, &image.release, "")
+    }
+
+    /// Boots another machine of that name beside it, with further arguments for its kernel.
+    pub(crate) fn boot_with(image: &Image, name: &str, arguments: &str) -> Self {
         let started = Instant::now();
         let sockets = TempDir::new().expect("a directory for qemu's sockets");
-        let console = console_log(&image.release);
-        let mut process = Qemu::spawn(image, sockets.path(), &console);
+        let console = console_log(name);
+        let mut process = Qemu::spawn(image, sockets.path(), &console, arguments);
 
         let connected = process.connect(&sockets.path().join("agent")).and_then(|agent| {
             let qmp = Qmp::open(process.connect(&sockets.path().join("qmp"))?)?;
@@ -295,14 +300,14 @@ impl Drop for Plugged<'_> {
 struct Qemu(Child);
 
 impl Qemu {
-    fn spawn(image: &Image, sockets: &Path, console: &Path) -> Self {
+    fn spawn(image: &Image, sockets: &Path, console: &Path, arguments: &str) -> Self {
         let socket = |name: &str| format!("unix:{},server=on,wait=off", sockets.join(name).display());
         // setpriv: the kernel ends qemu when this process dies without having had a chance to (SIGKILL, abort).
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--", "bash"])
             .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/lab/qemu.sh"))
             .args([&image.directory, &image.binaries])
-            .arg("quiet qmh.lab=tests systemd.mask=serial-getty@ttyS0.service")
+            .arg(format!("quiet qmh.lab=tests systemd.mask=serial-getty@ttyS0.service {arguments}"))
             .args(["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=qmh.lab"])
             .args(["-chardev", &format!("socket,id=agent,path={},server=on,wait=off", sockets.join("agent").display())])
             .args(["-qmp", &socket("qmp"), "-serial", &format!("file:{}", console.display())])
@@ -342,9 +347,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One file a release, below the target directory; the next run overwrites it.
-fn console_log(release: &str) -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("lab-{release}-console.log"))
+/// One file a machine, below the target directory; the next run overwrites it.
+fn console_log(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("lab-{name}-console.log"))
 }
 
 fn console_tail(console: &Path) -> String {
