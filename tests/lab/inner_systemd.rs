@@ -42,7 +42,7 @@ fn keeps_working(vm: &Vm) {
     let container = root.run_all(&[("crun", "systemd-crun", &arguments)], "/sbin/init").remove(0);
     let exec = |command: &str| format!("podman exec {} {command}", container.name);
     // systemd inside listens to nobody where this is missing when it starts, and its udevd comes later: nothing of ours.
-    vm.wait_ok("udevd inside", FIRST_PLUG * 3, &container.outside("udevadm control --ping --timeout=5"));
+    vm.wait_ok("udevd inside", FIRST_PLUG * 3, &exec("udevadm control --ping --timeout=5"));
     vm.wait_ok("systemd inside", FIRST_PLUG * 3, &exec("systemctl is-system-running | grep -E 'running|degraded'"));
     assert_eq!(vm.ok(&container.outside("stat -c %F /run/udev/control")), "socket", "its own");
     vm.ok(&exec("systemctl daemon-reexec"));

@@ -60,7 +60,7 @@ fn cases() -> impl Iterator<Item = Case> {
     [
         smoke::CASES,
         plug::CASES,
-        // Long ones: in one of the releases each. With trixie's, the udevd inside is not there after 90 seconds.
+        // Long ones: in one of the releases each. Trixie's udevd inside takes minutes to start.
         if is_bookworm { clients::CASES } else { &[] },
         if is_bookworm { inner_systemd::CASES } else { &[] },
         survive::CASES,
