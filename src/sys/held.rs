@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use crate::core::device::Number;
 use crate::core::page::escaped;
 use crate::failpoint::reached;
+use crate::sys::label;
 use crate::sys::mount;
 use crate::sys::node::{make_at, number_of};
 
@@ -49,14 +50,25 @@ impl Held {
     }
 
     /// Makes the file, in the place of one that is left, and returns a mount of it that is nowhere yet. The calling thread
-    /// must be on the host: before Linux 6.15 open_tree(2) clones only what is mounted in the caller's namespace.
-    pub(super) fn make(&self, path: &str, number: Number, owner: (u32, u32), mode: u32) -> io::Result<OwnedFd> {
+    /// must be on the host: before Linux 6.15 open_tree(2) clones only what is mounted in the caller's namespace. Where
+    /// SELinux is on, it is given the `label`.
+    pub(super) fn make(
+        &self,
+        path: &str,
+        number: Number,
+        owner: (u32, u32),
+        mode: u32,
+        label: Option<&str>,
+    ) -> io::Result<OwnedFd> {
         let file = self.file(path);
         DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
         end(&file)?;
         make_at(CWD, &file, number, 0)?;
         reached("node: its file is made");
         chownat(CWD, &file, Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)), AtFlags::SYMLINK_NOFOLLOW)?;
+        if let Some(label) = label.filter(|_| label::is_on()) {
+            label::set_at(&file, label)?;
+        }
         // Not by mknod(2): it minds the umask.
         chmod(&file, Mode::from_raw_mode(mode))?;
         // /run is mounted nodev.

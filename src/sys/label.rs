@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, XattrFlags, fgetxattr, fsetxattr, openat};
+use rustix::fs::{Mode, OFlags, XattrFlags, fgetxattr, fsetxattr, lsetxattr, openat};
 
 const ATTRIBUTE: &str = "security.selinux";
 
@@ -25,4 +26,9 @@ pub fn of(directory: impl AsFd) -> io::Result<String> {
 /// Gives a file or a directory that label.
 pub fn set(file: &OwnedFd, label: &str) -> io::Result<()> {
     Ok(fsetxattr(file, ATTRIBUTE, format!("{label}\0").as_bytes(), XattrFlags::empty())?)
+}
+
+/// Gives that label to what is at a path, which may be a device node: to open one would be to use the device.
+pub fn set_at(path: &Path, label: &str) -> io::Result<()> {
+    Ok(lsetxattr(path, ATTRIBUTE, format!("{label}\0").as_bytes(), XattrFlags::empty())?)
 }

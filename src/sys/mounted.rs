@@ -16,6 +16,7 @@ use crate::core::device::Number;
 use crate::core::ledger::Node;
 use crate::failpoint::reached;
 use crate::sys::held::{self, Held};
+use crate::sys::label;
 use crate::sys::mount::seen_on_host;
 use crate::sys::namespace::Inside;
 use crate::sys::node::{NodeError, number_of};
@@ -66,7 +67,9 @@ pub(super) fn put(
 ) -> Result<(), NodeError> {
     let failed = |source| NodeError::Failed { what: format!("mount a device node at {}", node.path), source };
     let (path, owner, mode) = (node.path.clone(), mapped.users.owner_of(node), node.mode);
-    let made = mapped.on_host(move |held| held.make(&path, number, owner, mode));
+    // That of what is made beside it, as a node has it that is made by mknod(2).
+    let label = label::of(directory).ok();
+    let made = mapped.on_host(move |held| held.make(&path, number, owner, mode, label.as_deref()));
     let mount = made.and_then(|made| made).map_err(failed)?;
     let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
     // Nobody inside but its root can open it in the moment before it is a device.

@@ -15,6 +15,9 @@ pub(crate) const CASES: &[Case] =
 /// The policy is loaded at boot or never. Enforcing comes later: mount(8) may not mount 9p in Debian's.
 const KERNEL: &str = "security=selinux selinux=1 enforcing=0";
 
+/// Ids that Podman need not be given.
+const MAPPED: &str = "--uidmap 0:100000:65536 --gidmap 0:100000:65536";
+
 const MADE: [&str; 6] = [
     "/dev/ttyUSB0",
     "/dev/serial/by-id",
@@ -30,12 +33,16 @@ fn nodes_have_the_label_of_the_containers_files(_: &Vm) {
     let _installed = Installed::new(vm);
     // What is made in these directories has their type.
     let mut prepare = String::from("set -e; ");
-    for name in ["crun", "runc"] {
+    for name in ["crun", "runc", "mapped"] {
         prepare += &format!("mkdir /var/tmp/{name}; chcon -t container_file_t /var/tmp/{name}; ");
     }
-    vm.ok(&format!("{prepare} setenforce 1"));
+    vm.ok(&format!("{prepare} lab-rootfs /var/tmp/mapped; chown -hR 100000:100000 /var/tmp/mapped; setenforce 1"));
     vm.ok("systemctl start qm-hotplug");
-    let containers = Container::run_all(vm, &[("crun", "crun", ASKS_FOR_STICKS), ("runc", "runc", ASKS_FOR_STICKS)]);
+    let mapped = format!("{MAPPED} {ASKS_FOR_STICKS}");
+    let containers = Container::run_all(
+        vm,
+        &[("crun", "crun", ASKS_FOR_STICKS), ("runc", "runc", ASKS_FOR_STICKS), ("crun", "mapped", &mapped)],
+    );
 
     let stick = vm.plug("LAB1", "usb-serial", json!({ "serial": "LAB1" }));
     vm.wait_ok("the stick", FIRST_PLUG, "test -c /dev/ttyUSB0");
@@ -63,6 +70,12 @@ fn nodes_have_the_label_of_the_containers_files(_: &Vm) {
     assert_eq!(vm.ok("ps -C qm-hotplug -o label=").lines().next(), Some("system_u:system_r:initrc_t:s0"));
     let denied = vm.ok("dmesg | grep 'avc:  denied' | grep -E 'scontext=[^ ]*:(container_t|initrc_t):' || true");
     assert_eq!(denied, "");
+
+    // So that it is known to be the label. Podman's own /dev is mounted with one for all; that node is on a file system of ours.
+    let mapped = &containers[2];
+    vm.ok(&format!("chcon -t usbtty_device_t /proc/{}/root/dev/ttyUSB0", mapped.pid));
+    // It may not even look.
+    assert_eq!(mapped.open_by_exec(&["/dev/ttyUSB0"]), ["nothing is there"]);
 
     stick.unplug();
     for container in &containers {
