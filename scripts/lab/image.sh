@@ -39,7 +39,7 @@ lab_image() {
     image=$cache/$(lab_image_key "$release")
     mkdir -p "$cache"
     # Two runs at once: the second waits and finds the image of the first.
-    exec {lab_lock}>"$cache/lock"
+    exec {lab_lock}>"$cache/lock-$release"
     flock "$lab_lock"
     if [[ ! -e $image/root.ext4 ]]; then
         build_image "$release" "$image" >&2

@@ -16,6 +16,7 @@ use crate::core::selector::{Key, Test};
 use crate::core::spec::SpecDevice;
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::store::Store;
+use crate::sys::host::is_initial_user_namespace;
 use crate::sys::process::is_gone;
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::{block, devfs, group, udev};
@@ -79,7 +80,18 @@ impl Discovery for Host {
                 self.candidates(selection)?.into_iter().filter_map(nodes).collect()
             }
         };
-        let (held, mut taken) = (held(), request.taken.clone());
+        let held = match held() {
+            Ok(held) => held,
+            Err(reason) if rule.is_exclusive() => {
+                found.withheld.push((format!("what {rule} asks for"), reason));
+                return Ok(found);
+            }
+            Err(reason) => {
+                tracing::warn!("{reason}");
+                Vec::new()
+            }
+        };
+        let mut taken = request.taken.clone();
         for (nodes, device) in wanted {
             let on_host = device.as_ref().map_or_else(|| nodes[0].path.clone(), |device| device.node.clone());
             let device = device.or_else(|| needs_facts(rule, request, &held).then(|| described(&on_host, &nodes[0])));
@@ -177,12 +189,17 @@ fn needs_facts(rule: &Rule, request: &Request<'_>, held: &[Entry]) -> bool {
     !held.is_empty() || rule.is_bounded() && *request.bounds != Bounds::default()
 }
 
-/// What running containers have, as far as the agent's ledger is in reach.
-fn held() -> Vec<Entry> {
-    let entries = Store::peek(RUN_DIRECTORY.as_ref()).unwrap_or_default();
+/// What running containers have. The ledger is root's: to the hook of an ordinary user it seems empty.
+fn held() -> Result<Vec<Entry>, String> {
+    let entries = match Store::peek(RUN_DIRECTORY.as_ref()) {
+        Err(error) if is_initial_user_namespace() && rustix::process::geteuid().is_root() => {
+            return Err(format!("which devices other containers have alone is not known: {}", error.chain()));
+        }
+        entries => entries.unwrap_or_default(),
+    };
     let counts =
         |entry: &Entry| entry.left_over.is_none() && !is_gone(entry.grant.holder.pid, entry.grant.holder.start_time);
-    entries.into_iter().filter(counts).collect()
+    Ok(entries.into_iter().filter(counts).collect())
 }
 
 /// Who has the device for itself alone, or has it at all where it is wanted `alone`.

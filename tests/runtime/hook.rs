@@ -5,14 +5,16 @@ use std::path::Path;
 use crate::Case;
 use crate::agent::assert_has_no_ttys;
 use crate::attach::REFUSED;
-use crate::support::BINARY;
+use crate::plug::console;
 use crate::support::podman::{Container, place};
+use crate::support::{Agent, BINARY, wait_for};
 
 pub(crate) const CASES: &[Case] = &[
     ("hook::one_run_a_container_and_its_log", one_run_a_container_and_its_log),
     ("hook::under_the_names_of_containers_qm", under_the_names_of_containers_qm),
     ("hook::what_asks_for_nothing_is_said_and_starts", what_asks_for_nothing_is_said_and_starts),
     ("hook::test_variables_do_nothing", test_variables_do_nothing),
+    ("hook::what_others_have_alone_is_not_guessed", what_others_have_alone_is_not_guessed),
 ];
 
 const MANAGER_LOG: &str = "/var/log/qm-device-manager.log";
@@ -140,4 +142,27 @@ fn test_variables_do_nothing(runtime: &str) {
     let c = start(runtime, &format!("qmh-env-{runtime}"), &[("hook.json", hook.to_string())], &options);
     assert_eq!(c.sh("cd /dev && ls -d tty[0-9]*").ok().split_whitespace().count(), 8);
     assert!(c.node("/dev/tty9").is_none() && !Path::new(&log).exists());
+}
+
+/// A ledger that the hook cannot read, as where SELinux keeps it from it.
+fn what_others_have_alone_is_not_guessed(runtime: &str) {
+    let (device, shared) = (console(52), console(53));
+    let ledger = Path::new("/run/qm-hotplug/ledger");
+    let _ = std::fs::remove_dir(ledger);
+    std::fs::create_dir_all(ledger.parent().unwrap()).unwrap();
+    std::fs::write(ledger, "").unwrap();
+    let name = format!("qmh-unknown-{runtime}");
+    let options = [
+        "--annotation=org.containers.qm.hotplug.alone=devname=vcsa52;exclusive",
+        "--annotation=org.containers.qm.hotplug.shared=devname=vcsa53",
+    ];
+    let c = start(runtime, &name, &[installed()], &options);
+    std::fs::remove_file(ledger).unwrap();
+    assert!(c.opens("<>", &shared.path), "what is shared needs no ledger");
+    assert_eq!(c.node(&device.path), None);
+    let logged = std::fs::read_to_string(MANAGER_LOG).unwrap();
+    assert!(logged.contains("which devices other containers have alone is not known"), "{logged}");
+    // The agent knows.
+    let _agent = Agent::start();
+    wait_for("the agent's grant", || c.node(&device.path).is_some());
 }
