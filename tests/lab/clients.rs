@@ -189,6 +189,18 @@ fn unmodified_programs_notice(vm: &Vm) {
         let has_it = format!("grep -q 'DEVICE_ADDED.*USB Keyboard' {}", listener.file("libinput"));
         vm.wait_ok("libinput to see the keyboard", FIRST_PLUG, &has_it);
     }
+    let listed = |command: &str| -> Vec<String> {
+        let all = vm.ok(command);
+        let keyboards = all.split("\n\n").filter(|one| one.contains("USB Keyboard"));
+        // Groups are counted among the devices that a program sees.
+        let lines = |one: &str| one.lines().filter(|line| !line.starts_with("Group:")).collect::<Vec<_>>().join("\n");
+        keyboards.map(lines).collect()
+    };
+    let on_host = listed("libinput list-devices");
+    assert_eq!(on_host.len(), 1, "{on_host:?}");
+    for container in &asking[..2] {
+        assert_eq!(listed(&format!("podman exec {} libinput list-devices", container.name)), on_host);
+    }
     let sound = vm.plug("sound", "usb-audio", json!({ "audiodev": "silence" }));
     vm.sh_within(FIRST_PLUG, "modprobe vivid n_devs=1");
     vm.wait_ok("the camera and the sound card", FIRST_PLUG, "test -c /dev/video0 && test -c /dev/snd/controlC0");
