@@ -11,7 +11,7 @@ use crate::runtime::storage;
 use crate::sys::cgroup::{CgroupRoot, own_path};
 use crate::sys::group;
 use crate::sys::host::Host;
-use crate::sys::namespace::inside;
+use crate::sys::namespace::{inside, visited};
 use crate::sys::ownership;
 use crate::sys::permission;
 use crate::sys::process::Process;
@@ -76,11 +76,17 @@ fn of_process(containers: &[Container], pid: u32) -> Result<Container> {
     })
 }
 
+/// The holder's process, if that is still there.
+pub fn still(holder: &Holder) -> Option<Process> {
+    let (pid, start_time) = (holder.pid, holder.start_time);
+    visited(pid, start_time).or_else(|| Process::open_same(pid, start_time))
+}
+
 /// The process of a grant's container, if it still runs. Of a user's container, one whose namespaces are his: whoever acts
 /// on it looks each time.
 pub fn process_of(holder: &Holder) -> Result<Process> {
     let exited = || Error::ContainerExited(holder.label().to_owned());
-    let process = Process::open_same(holder.pid, holder.start_time).ok_or_else(exited)?;
+    let process = still(holder).ok_or_else(exited)?;
     if holder.user != 0 {
         let refusal = ownership::refusal(&process, holder.user).map_err(|source| match source.raw_os_error() {
             Some(libc::ENOENT | libc::ESRCH) => exited(),

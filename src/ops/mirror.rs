@@ -9,13 +9,13 @@ use crate::core::ledger::{Entry, Granted, Holder, Node};
 use crate::core::mirror::{Description, Profile, Shown, Told, Wish, record_name};
 use crate::core::udev_message::{of_kernel, of_udev};
 use crate::error::{Error, Result};
+use crate::ops::live::still;
 use crate::ops::rebuild::directories;
 use crate::ops::view::View;
 use crate::ops::{Executor, node_error};
 use crate::sys::namespace::inside;
 use crate::sys::network::{self, Message, NetworkId};
 use crate::sys::node;
-use crate::sys::process::Process;
 use crate::sys::udev;
 
 /// A device of a container, of which something may have changed.
@@ -200,8 +200,7 @@ impl Executor {
         if gone.is_empty() && come.is_empty() {
             return Ok(());
         }
-        let process = Process::open_same(holder.pid, holder.start_time)
-            .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+        let process = still(holder).ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
         let number = shown.device.number;
         let node = |(path, to): &(String, String)| Node { link_to: Some(to.clone()), ..Node::at(path) };
         inside(holder.label(), &process, self.host, move |inside| {
@@ -247,7 +246,7 @@ impl Executor {
     pub(super) fn tell(&self, holder: &Holder, profile: &Profile, actions: &[(&str, u64)]) {
         let Some(mirror) = self.mirrors.all.get(&holder.id) else { return };
         let (Some(network), false) = (mirror.whose.network, actions.is_empty()) else { return };
-        let Some(process) = Process::open_same(holder.pid, holder.start_time) else { return };
+        let Some(process) = still(holder) else { return };
         let has_udevd = mirror.whose.has_udevd;
         // Its udevd may have been done with the device before the node was there: it gives that an owner and a mode now.
         let has_new_node = has_udevd && actions.iter().any(|(action, _)| *action == "add");

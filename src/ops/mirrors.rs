@@ -7,6 +7,7 @@ use crate::core::ledger::Holder;
 use crate::core::mirror::{Profile, RUN_UDEV, Shown, Wish};
 use crate::error::{Error, Result};
 use crate::failpoint::reached;
+use crate::ops::live::still;
 use crate::ops::view::{View, Whose};
 use crate::ops::{Executor, node_error};
 use crate::runtime;
@@ -147,8 +148,7 @@ impl Executor {
     }
 
     fn make_mirror(&self, holder: &Holder, wish: Wish, asks: bool) -> Result<(View, Whose)> {
-        let process = Process::open_same(holder.pid, holder.start_time)
-            .ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
+        let process = still(holder).ok_or_else(|| Error::ContainerExited(holder.label().to_owned()))?;
         let at_network = |error| Error::host::<std::io::Error>("look at a network namespace")(error);
         let (network, ours) = (network::of(&process).map_err(at_network)?, network::own().map_err(at_network)?);
         let mut views = View::unclaimed(&holder.id);
@@ -236,7 +236,7 @@ impl Executor {
         let Some(mirror) = self.mirrors.all.get(&holder.id).filter(is_its) else { return };
         let id = mirror.view.id().ok();
         let made = mirror.whose.made.clone();
-        if let (Some(process), Some(id)) = (Process::open_same(holder.pid, holder.start_time), id) {
+        if let (Some(process), Some(id)) = (still(holder), id) {
             let removed =
                 own_descriptors().map_err(Error::host("look at our own descriptors")).and_then(|descriptors| {
                     inside(holder.label(), &process, self.host, move |inside| {

@@ -164,6 +164,7 @@ enum Said {
 
 /// A thread that is inside a container. When this is dropped, it ends with its last task.
 struct Visitor {
+    process: Process,
     tasks: mpsc::Sender<Task>,
     said: mpsc::Receiver<Said>,
 }
@@ -176,11 +177,10 @@ impl Visitor {
             what: "start a thread to enter it".into(),
             source,
         };
-        let pidfd = process.as_fd().try_clone_to_owned().map_err(failed)?;
-        let visit = Visit { label: label.to_owned(), pid: process.pid, start_time: process.start_time, pidfd, host };
+        let visit = Visit { label: label.to_owned(), process: process.clone(), host };
         let ((tasks, its_tasks), (say, said)) = (mpsc::channel(), mpsc::channel());
         std::thread::Builder::new().name("inside".into()).spawn(move || visit.run(its_tasks, &say)).map_err(failed)?;
-        Ok(Visitor { tasks, said })
+        Ok(Visitor { process: process.clone(), tasks, said })
     }
 
     /// Lets it wait for the next task, if somebody stays.
@@ -193,6 +193,12 @@ impl Visitor {
 
 /// The visitors who wait inside for the next task, by the process that they visit; `None` while nobody stays.
 static PARKED: Mutex<Option<BTreeMap<(u32, u64), Visitor>>> = Mutex::new(None);
+
+/// The process with this number and start time, if somebody waits where it is: it need not be looked for anew.
+pub fn visited(pid: u32, start_time: u64) -> Option<Process> {
+    let visited = parked().as_ref().and_then(|all| Some(all.get(&(pid, start_time))?.process.clone()));
+    visited.filter(|process| !process.has_exited())
+}
 
 /// How many wait at most: each is a thread.
 const MOST_PARKED: usize = 32;
@@ -222,9 +228,7 @@ impl Drop for Stay {
 /// What the thread needs of its own.
 struct Visit {
     label: String,
-    pid: u32,
-    start_time: u64,
-    pidfd: OwnedFd,
+    process: Process,
     host: Host,
 }
 
@@ -252,7 +256,7 @@ impl Visit {
 
     /// Joins the mount namespace. Returns the container's root and what its user namespace needs.
     fn enter<'a>(&self, errands: &'a dyn Fn(Errand)) -> Result<(OwnedFd, Option<Mapped<'a>>)> {
-        let path = format!("/proc/{}/root", self.pid);
+        let path = format!("/proc/{}/root", self.process.pid);
         let root = match open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(root) => root,
             // A process that is ending has neither root nor namespaces any more, a moment before its end is reported.
@@ -272,7 +276,7 @@ impl Visit {
             Ok(mapped) => mapped,
         };
         // A thread that shares its root and umask with others may not change mount namespaces (setns(2)).
-        match unshare(CloneFlags::CLONE_FS).and_then(|()| setns(self.pidfd.as_fd(), CloneFlags::CLONE_NEWNS)) {
+        match unshare(CloneFlags::CLONE_FS).and_then(|()| setns(self.process.as_fd(), CloneFlags::CLONE_NEWNS)) {
             Err(NixErrno::ESRCH) => return Err(self.exited()),
             Err(error) => return Err(self.failed("join its mount namespace", error.into())),
             Ok(()) => {}
@@ -285,7 +289,7 @@ impl Visit {
     fn begin(&self, mapped: Option<&Mapped<'_>>) -> Result<()> {
         // Root and ids were looked up by number before: only now it is sure whose they are. And a container that ends
         // takes its file systems along.
-        if crate::sys::process::has_exited(self.pidfd.as_fd()) {
+        if self.process.has_exited() {
             return Err(self.exited());
         }
         let act = |mapped: &Mapped<'_>| mapped.users.make_files_as_root(mapped.made_by != 0);
@@ -294,8 +298,8 @@ impl Visit {
 
     /// Where it has a user namespace: what has to be at hand before its mount namespace is joined.
     fn mapped<'a>(&self, errands: &'a dyn Fn(Errand)) -> std::io::Result<Option<Mapped<'a>>> {
-        let Some(users) = UserNamespace::of(self.pid)? else { return Ok(None) };
-        let (made_by, held) = (made_by(self.pid)?, Held::of(self.pid, self.start_time));
+        let Some(users) = UserNamespace::of(self.process.pid)? else { return Ok(None) };
+        let (made_by, held) = (made_by(self.process.pid)?, Held::of(self.process.pid, self.process.start_time));
         Ok(Some(Mapped { users, made_by, held, descriptors: group::own_descriptors()?, errands }))
     }
 
@@ -304,7 +308,7 @@ impl Visit {
     }
 
     fn failed(&self, what: &str, source: std::io::Error) -> Error {
-        if crate::sys::process::has_exited(self.pidfd.as_fd()) {
+        if self.process.has_exited() {
             return self.exited();
         }
         Error::InContainer { container: self.label.clone(), what: what.to_owned(), source }

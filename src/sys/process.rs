@@ -1,6 +1,7 @@
 //! A process that stays the same one: pid, start time and pidfd.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
@@ -10,7 +11,7 @@ use crate::core::device::{Kind, Number};
 use crate::sys::user_namespace::UserNamespace;
 
 /// A process, held by a pidfd, so that its number cannot come to mean another one unnoticed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Process {
     /// In the host's process namespace.
     pub pid: u32,
@@ -18,7 +19,7 @@ pub struct Process {
     pub start_time: u64,
     /// The parent's pid when this was opened.
     pub parent: u32,
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
 }
 
 /// Who a process is when it opens a file.
@@ -41,7 +42,7 @@ impl Process {
     pub fn open(pid: u32) -> Option<Process> {
         let fd = pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()?;
         let stat = procfs::process::Process::new(pid as i32).and_then(|process| process.stat()).ok()?;
-        let process = Process { pid, start_time: stat.starttime, parent: stat.ppid as u32, fd };
+        let process = Process { pid, start_time: stat.starttime, parent: stat.ppid as u32, fd: Arc::new(fd) };
         (!process.has_exited() && !matches!(stat.state, 'Z' | 'X')).then_some(process)
     }
 
