@@ -1,7 +1,8 @@
 //! Podman containers in the guest, without images and without a network.
 
 use crate::everything::{Node, nodes_seen};
-use crate::vm::{SECONDS_10, Vm};
+use crate::plug::FIRST_PLUG;
+use crate::vm::Vm;
 
 /// The runtimes that both Debian releases have under Podman.
 pub(crate) const RUNTIMES: [&str; 2] = ["crun", "runc"];
@@ -110,14 +111,14 @@ impl<'vm> Container<'vm> {
     #[track_caller]
     pub(crate) fn wait_for(&self, path: &str) {
         let what = format!("{path} in {}", self.name);
-        self.vm.wait_ok(&what, SECONDS_10, &self.outside(&format!("test -e {path}")));
+        self.vm.wait_ok(&what, FIRST_PLUG, &self.outside(&format!("test -e {path}")));
     }
 
     /// Waits until there is nothing at that path inside.
     #[track_caller]
     pub(crate) fn wait_for_no(&self, path: &str) {
         let what = format!("{path} in {} to go", self.name);
-        self.vm.wait_ok(&what, SECONDS_10, &format!("! {}", self.outside(&format!("test -e {path}"))));
+        self.vm.wait_ok(&what, FIRST_PLUG, &format!("! {}", self.outside(&format!("test -e {path}"))));
     }
 
     /// Opens a device for reading and writing, as a program inside would: `opens`, or why it does not.
