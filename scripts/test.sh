@@ -179,7 +179,8 @@ run_tiers() {
     declare -A running=() started=()
     logs=$(mktemp -d)
     trap 'rm -rf "$logs"; give_back "${CARGO_TARGET_DIR:-$root/target}"' EXIT
-    trap 'kill -TERM "${running[@]}"; wait "${running[@]}"; exit 130' INT TERM
+    # shellcheck disable=SC2046 # one word each
+    trap 'kill -TERM $(jobs -pr) || true; wait; exit 130' INT TERM
     for tier in "$@"; do
         say "tier $tier"
         start_tier "$tier"
@@ -188,8 +189,13 @@ run_tiers() {
             start_tier trixie
         fi
         # In the background too: a trap waits for what runs in the foreground, but not for `wait`.
-        tail --pid="${running[$tier]}" --lines=+1 --follow "$logs/$tier" &
-        wait "$!" || true
+        # One that has ended is not asked for by its number, which may be another's by now.
+        if [[ " $(jobs -pr | tr '\n' ' ') " == *" ${running[$tier]} "* ]]; then
+            tail --pid="${running[$tier]}" --lines=+1 --follow "$logs/$tier" &
+            wait "$!" || true
+        else
+            cat "$logs/$tier"
+        fi
         status=0
         wait "${running[$tier]}" || status=$?
         unset "running[$tier]"
@@ -204,7 +210,7 @@ run_tiers() {
             failed=1
         fi
         all_passed=$((all_passed + passed)) all_failed=$((all_failed + failed))
-        summary+=("$(printf '%-9s %4d passed %4d failed %5d s' "$tier" "$passed" "$failed" "$((SECONDS - ${started[$tier]}))")")
+        summary+=("$(printf '%-9s %4d passed %4d failed %5d s' "$tier" "$passed" "$failed" "$(($(stat -c %Y "$logs/$tier") - ${started[$tier]}))")")
     done
     echo
     printf '%s\n' "${summary[@]}"
@@ -216,7 +222,7 @@ run_tiers() {
 # started; it gets no terminal to wait at.
 start_tier() {
     [[ -z ${running[$1]:-} ]] || return 0
-    started[$1]=$SECONDS
+    started[$1]=$EPOCHSECONDS
     : >"$logs/$1"
     timeout --kill-after=60 "${limit[$1]}" "$BASH" "$0" --tier "$1" </dev/null >"$logs/$1" 2>&1 &
     running[$1]=$!

@@ -6,7 +6,7 @@ use crate::core::protocol::{GrantInfo, List, Request};
 use crate::error::Result;
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::persist::Persisted;
-use crate::ops::store::Store;
+use crate::ops::store::{self, Store};
 use crate::{ops, runtime};
 
 /// Arguments of `list`.
@@ -28,7 +28,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     let grants = match by_agent {
         Some(grants) => grants,
         None => {
-            let entries = Store::peek(RUN_DIRECTORY.as_ref())?;
+            let entries = Store::peek(RUN_DIRECTORY.as_ref(), store::warn)?;
             ops::request::list(entries.iter(), &Persisted::look(), &runtime::scan(), &request)?
         }
     };

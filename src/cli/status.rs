@@ -7,7 +7,7 @@ use crate::core::protocol::{Nothing, Request, StatusInfo};
 use crate::error::Result;
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::request::status;
-use crate::ops::store::Store;
+use crate::ops::store::{self, Store};
 use crate::runtime;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::host::require_fitness;
@@ -26,7 +26,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         Some(status) => status,
         None => {
             require_fitness()?;
-            let grants = Store::peek(RUN_DIRECTORY.as_ref())?.len();
+            let grants = Store::peek(RUN_DIRECTORY.as_ref(), store::warn)?.len();
             let (_, configuration) = config::settings();
             StatusInfo { configuration, ..status(&CgroupRoot::find()?, runtime::scan().len(), grants, None)? }
         }

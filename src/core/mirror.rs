@@ -38,6 +38,9 @@ impl Wish {
 pub struct Profile {
     /// The device's directory below `/sys`.
     pub devpath: String,
+    /// Inode of that directory: tells it from a later device in its place.
+    #[serde(default)]
+    pub inode: u64,
     /// All properties, as libudev gives them.
     pub properties: BTreeMap<String, String>,
     /// The kernel's own, as they stand in the device's file `uevent` below `/sys`.
@@ -95,6 +98,11 @@ impl Profile {
     pub fn name(&self) -> String {
         let name = self.devpath.rsplit('/').next().unwrap_or_default();
         format!("+{}:{name}", self.subsystem())
+    }
+
+    /// Whether both are of the same device, whatever is told of it.
+    pub fn is_same(&self, other: &Profile) -> bool {
+        (&self.devpath, self.inode) == (&other.devpath, other.inode)
     }
 
     /// libudev drops messages without one.
@@ -158,7 +166,7 @@ mod tests {
             [("SUBSYSTEM", "tty"), ("ACTION", "x"), ("ID_MODEL", "m")].map(|(k, v)| (k.to_owned(), v.to_owned()));
         let uevent = "MAJOR=188\nMINOR=0\nDEVNAME=ttyUSB0\n".to_owned();
         let devpath = device.identity.devpath.clone();
-        let profile = Profile { devpath, properties: properties.into(), uevent, record: None };
+        let profile = Profile { devpath, inode: 1, properties: properties.into(), uevent, record: None };
         let description = Description { profile, links, whole: None };
         Shown { device: Granted::from(&device), node: node.into(), description, is_done: true }
     }

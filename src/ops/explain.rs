@@ -24,7 +24,7 @@ use crate::ops::RUN_DIRECTORY;
 use crate::ops::inspect::{Inspection, NodeFd, OPENS, Target, of_container, targets};
 use crate::ops::live::{self, lookup};
 use crate::ops::persist::Persisted;
-use crate::ops::store::Store;
+use crate::ops::store::{self, Store};
 use crate::sys::block;
 use crate::sys::bpf::{Program, attached};
 use crate::sys::cgroup::CgroupRoot;
@@ -63,7 +63,7 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
     let container = lookup(containers, &Reference::parse(name).map_err(Error::Usage)?)?;
-    let in_force = Store::peek(Path::new(RUN_DIRECTORY))?;
+    let in_force = Store::peek(Path::new(RUN_DIRECTORY), store::warn)?;
     let entries = of_container(in_force.clone(), &container);
     let (inspection, problem) = match Inspection::new(&cgroups, &container) {
         Ok(inspection) => (Some(inspection), None),

@@ -1,5 +1,6 @@
 //! Files of ours: replaced whole, and read with bounds.
 
+use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -92,12 +93,12 @@ pub(super) fn remove_tree(path: &Path, most: usize) -> io::Result<()> {
     let mut inner: Vec<String> = vec![".".into()];
     while let Some(name) = inner.pop() {
         let directory = open_directory(&top, Path::new(&name))?;
-        for entry in Dir::read_from(&directory)? {
-            let entry = entry?;
-            let below = entry.file_name();
-            if matches!(below.to_bytes(), b"." | b"..") {
-                continue;
-            }
+        // All names before anything is changed: whether readdir(3) gives those that come meanwhile is not said.
+        let names = Dir::read_from(&directory)?.map(|entry| entry.map(|entry| entry.file_name().to_owned()));
+        let is_below =
+            |name: &rustix::io::Result<CString>| !matches!(name.as_deref().map(CStr::to_bytes), Ok(b"." | b".."));
+        let names: Vec<CString> = names.filter(is_below).take(left + 1).collect::<rustix::io::Result<_>>()?;
+        for below in &names {
             left = left.checked_sub(1).ok_or_else(|| io::Error::other("there is too much in it"))?;
             match unlinkat(&directory, below, AtFlags::empty()) {
                 // Directories are brought up to the top, and emptied there.

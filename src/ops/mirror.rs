@@ -133,7 +133,9 @@ impl Executor {
                 error.chain()
             );
         }
-        self.reveal_whole(holder, &new, &of_whole, latest);
+        if self.shown(holder, &name).is_some() {
+            self.reveal_whole(holder, &new, &of_whole, latest);
+        }
         let Some(network) = network else { return self.complete(holder, &name) };
         // Those who listen to the namespace of several containers hear each event once.
         let is_relayed = !relayed.insert((network, name.clone()));

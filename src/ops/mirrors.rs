@@ -78,9 +78,12 @@ impl Mirrors {
         self.those_in(network).any(is_shown)
     }
 
-    /// Whether anybody in this network namespace is shown the device without a node that has this name.
-    pub(super) fn know_whole(&self, network: NetworkId, name: &str) -> bool {
-        self.those_in(network).any(|mirror| mirror.wholes.contains_key(name))
+    /// What was last told of this device without a node in a network namespace, if anybody there is shown it.
+    pub(super) fn whole(&self, network: NetworkId, whole: &Profile) -> Option<&Profile> {
+        let all = self.those_in(network).flat_map(|mirror| mirror.wholes.values());
+        let all: Vec<&Profile> = all.filter(|its| its.is_same(whole)).collect();
+        // One of several containers is the first to have what is new.
+        all.iter().find(|its| **its == whole).or(all.first()).copied()
     }
 
     /// The last event of a device that those in this network namespace were told of.

@@ -277,8 +277,8 @@ impl Executor {
         })
     }
 
-    /// Makes a node in a container with a user namespace useless, wherever the container has it.
-    fn end_file(&self, holder: &Holder, number: Number, node: &Node) -> Result<()> {
+    /// Makes a node in a container with a user namespace useless, wherever the container has it. Says whether it was ours.
+    fn end_file(&self, holder: &Holder, number: Number, node: &Node) -> Result<bool> {
         let held = Held::of(holder.pid, holder.start_time);
         let what = || format!("take back the node {}, which is {}", node.path, held.file(&node.path).display());
         held.end(&node.path, number).map_err(|error| in_container(holder.label(), what())(error))
@@ -296,14 +296,13 @@ impl Executor {
 
     fn remove_node(&self, holder: &Holder, number: Number, node: &Node, directories: &[String]) -> Result<()> {
         // First of all: the container may have done anything with it, and one that ended may have left it to somebody.
-        if node.link_to.is_none() {
-            self.end_file(holder, number, node)?;
-        }
+        let is_useless = node.link_to.is_none() && self.end_file(holder, number, node)?;
         let process = match process_of(holder) {
             Err(Error::ContainerExited(_)) if process::is_gone(holder.pid, holder.start_time) => return Ok(()),
-            // Its user has made another one of it, and whatever he has there opens for nobody.
+            // Its user has made another one of it.
             Err(error @ Error::Refused { .. }) if holder.user != 0 => {
-                tracing::warn!(container = holder.label(), "{} stays, and is of no use: {}", node.path, error.chain());
+                let how = if is_useless { ", and is of no use" } else { "" };
+                tracing::warn!(container = holder.label(), "{} stays{how}: {}", node.path, error.chain());
                 return Ok(());
             }
             process => process?,

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::inspect::{Inspection, NodeFd, Target, of_container, target_of, targets};
 use crate::ops::live::lookup;
-use crate::ops::store::Store;
+use crate::ops::store::{self, Store};
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::host::require_fitness;
 
@@ -52,7 +52,7 @@ pub fn verify(containers: &[Container], container: &str, device: Option<&str>, o
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
     let container = lookup(containers, &Reference::parse(container).map_err(Error::Usage)?)?;
-    let entries = of_container(Store::peek(Path::new(RUN_DIRECTORY))?, &container);
+    let entries = of_container(Store::peek(Path::new(RUN_DIRECTORY), store::warn)?, &container);
     let inspection = Inspection::new(&cgroups, &container)?;
     if let Some(reason) = inspection.frozen() {
         return Err(Error::Refused { container: container.label().to_owned(), reason });

@@ -190,10 +190,11 @@ impl View {
         id_of(&self.path())
     }
 
-    /// The names of the entries that it has.
+    /// The names of the entries that it has, as many as the hook may have made. A container may have added others.
     pub(super) fn entries(&self) -> Vec<String> {
+        const MOST_AT_START: usize = 512;
         let entries = fs::read_dir(self.path().join("data")).into_iter().flatten().flatten();
-        entries.take(MOST).filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        entries.take(MOST_AT_START).filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
 
     /// What is shown, by the names of the entries.

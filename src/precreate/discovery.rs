@@ -3,6 +3,7 @@
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::path::Path;
 
 use rustix::fs::{Access, access};
 
@@ -191,12 +192,16 @@ fn needs_facts(rule: &Rule, request: &Request<'_>, held: &[Entry]) -> bool {
 
 /// What running containers have. The ledger is root's: to the hook of an ordinary user it seems empty.
 fn held() -> Result<Vec<Entry>, String> {
-    let entries = match Store::peek(RUN_DIRECTORY.as_ref()) {
-        Err(error) if is_initial_user_namespace() && rustix::process::geteuid().is_root() => {
-            return Err(format!("which devices other containers have alone is not known: {}", error.chain()));
-        }
-        entries => entries.unwrap_or_default(),
-    };
+    if !is_initial_user_namespace() || !rustix::process::geteuid().is_root() {
+        return Ok(Vec::new());
+    }
+    let unknown = |why: String| format!("which devices other containers have alone is not known: {why}");
+    let passed_over = OnceCell::new();
+    let pass_over = |page: &Path, why: &str| drop(passed_over.set(format!("{}: {why}", page.display())));
+    let entries = Store::peek(RUN_DIRECTORY.as_ref(), pass_over).map_err(|error| unknown(error.chain()))?;
+    if let Some(page) = passed_over.into_inner() {
+        return Err(unknown(page));
+    }
     let counts =
         |entry: &Entry| entry.left_over.is_none() && !is_gone(entry.grant.holder.pid, entry.grant.holder.start_time);
     Ok(entries.into_iter().filter(counts).collect())

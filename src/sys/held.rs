@@ -65,12 +65,12 @@ impl Held {
         end(&file)?;
         make_at(CWD, &file, number, 0)?;
         reached("node: its file is made");
-        chownat(CWD, &file, Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)), AtFlags::SYMLINK_NOFOLLOW)?;
         if let Some(label) = label.filter(|_| label::is_on()) {
             label::set_at(&file, label)?;
         }
-        // Not by mknod(2): it minds the umask.
+        // Not by mknod(2): it minds the umask. The owner last: only he may do the others.
         chmod(&file, Mode::from_raw_mode(mode))?;
+        chownat(CWD, &file, Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)), AtFlags::SYMLINK_NOFOLLOW)?;
         // /run is mounted nodev.
         let set = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
         mount::clone(&file, set, libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_RDONLY)
@@ -81,17 +81,17 @@ impl Held {
         lstat(self.file(path)).ok().map(|stat| (stat.st_dev, stat.st_ino))
     }
 
-    /// Makes the node of this device useless, wherever it is mounted, and forgets it.
-    pub fn end(&self, path: &str, number: Number) -> io::Result<()> {
+    /// Makes the node of this device useless, wherever it is mounted, and forgets it. Says whether there was one.
+    pub fn end(&self, path: &str, number: Number) -> io::Result<bool> {
         let file = self.file(path);
         match lstat(&file) {
             Ok(stat) if number_of(&stat) == Some(number) => end(&file)?,
             // There is none where it has not come so far, or where the container has no user namespace.
-            Ok(_) | Err(Errno::NOENT | Errno::NAMETOOLONG) => return Ok(()),
+            Ok(_) | Err(Errno::NOENT | Errno::NAMETOOLONG) => return Ok(false),
             Err(errno) => return Err(errno.into()),
         }
         leave_nothing(&self.directory);
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -167,7 +167,7 @@ pub fn hide(
     if (stat.st_dev, stat.st_ino) != id {
         return Ok(());
     }
-    // The very mount, whatever the path means by now. This thread ends with its visit, so where it is does not matter.
+    // The very mount, whatever the path means by now. Nothing else in a visit goes by where the thread is.
     rustix::process::fchdir(descriptors).map_err(failed("find the mount of"))?;
     unmount(&*directory.as_raw_fd().to_string(), UnmountFlags::DETACH).map_err(failed("unmount"))?;
     remove_directories(inside, made);

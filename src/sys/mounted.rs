@@ -83,6 +83,9 @@ pub(super) fn put(
         if !is_placeholder(mapped, &fstat(&place).map_err(|errno| failed(errno.into()))?) {
             return Err(failed(Errno::STALE.into()));
         }
+        if inside.is_given_up() {
+            return Err(NodeError::Refused(format!("the directory of {} answered too late", node.path)));
+        }
         // It may be bound there from elsewhere.
         refuse_shared(mapped, &place, &node.path)?;
         let by_descriptor = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
@@ -120,7 +123,7 @@ pub(super) fn take_out(mapped: &Mapped<'_>, directory: &OwnedFd, name: &str, num
         return Ok(true);
     }
     let own_name = fd.as_raw_fd().to_string();
-    // The very mount, whatever the name means by now. This thread ends with its visit, so where it is does not matter.
+    // The very mount, whatever the name means by now. Nothing else in a visit goes by where the thread is.
     rustix::process::fchdir(&mapped.descriptors)?;
     unmount(&*own_name, UnmountFlags::DETACH)?;
     reached("node: unmounted");

@@ -25,6 +25,9 @@ use crate::sys::user_namespace::{UserNamespace, made_by};
 /// answers, and a network file system may not; the work itself takes microseconds.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// What is longer than anything takes inside a container that answers.
+const MOMENT: Duration = Duration::from_millis(50);
+
 /// Processes (pid, start time) whose container has a thread of ours that did not come back yet.
 static STUCK: Mutex<BTreeSet<(u32, u64)>> = Mutex::new(BTreeSet::new());
 
@@ -116,9 +119,12 @@ pub fn inside<T: Send + 'static>(
     // Who waits there does so until we let him go.
     let _ = visitor.tasks.send(task);
     let outcome_in_time = loop {
-        match visitor.said.recv_timeout(PATIENCE.saturating_sub(started.elapsed())) {
+        let left = PATIENCE.saturating_sub(started.elapsed());
+        match visitor.said.recv_timeout(left.min(MOMENT)) {
             Ok(Said::Errand(errand)) => errand(),
             Ok(Said::Done) => break outcome.try_recv().ok(),
+            // Nobody is kept inside another container meanwhile.
+            Err(mpsc::RecvTimeoutError::Timeout) if left > MOMENT => parked_home(),
             Err(_) => break None,
         }
     };
@@ -198,6 +204,13 @@ static PARKED: Mutex<Option<BTreeMap<(u32, u64), Visitor>>> = Mutex::new(None);
 pub fn visited(pid: u32, start_time: u64) -> Option<Process> {
     let visited = parked().as_ref().and_then(|all| Some(all.get(&(pid, start_time))?.process.clone()));
     visited.filter(|process| !process.has_exited())
+}
+
+/// Lets all of them go.
+fn parked_home() {
+    if let Some(all) = parked().as_mut() {
+        all.clear();
+    }
 }
 
 /// How many wait at most: each is a thread.

@@ -91,7 +91,9 @@ pub fn before(inside: Inside<'_>, number: Number, node: &Node) -> Before {
     let (parent, name) = split(&node.path);
     if let Ok(Some(directory)) = open_directory(inside, parent, None) {
         let found = look(&directory, name, &node.path).ok().flatten();
-        let is_it = |stat: &Stat| is_it(&directory, name, stat, number, node) && !is_useless(inside, stat);
+        let is_it = |stat: &Stat| {
+            is_it(&directory, name, stat, number, node) && !is_forgotten(inside, &directory, number, node, stat)
+        };
         return match found.is_some_and(|stat| is_it(&stat)) {
             true => Before::There,
             false => Before::Missing { directories: Vec::new() },
@@ -164,17 +166,9 @@ fn make_in(
 ) -> Result<bool, NodeError> {
     let path = &node.path;
     let mut found = look(directory, name, path)?;
-    // One that was taken back, and is still there.
-    if let (Some(mapped), Some(stat)) = (inside.mapped, &found)
-        && is_useless(inside, stat)
-        && let Some(number) = number_of(stat)
-    {
-        let failed = |source| NodeError::Failed { what: format!("remove {path}"), source };
-        mounted::take_out(mapped, directory, name, number).map_err(failed)?;
-        found = look(directory, name, path)?;
-    }
-    let same = found.as_ref().is_some_and(|stat| is_it(directory, name, stat, number, node));
+    let is_same = |found: &Option<Stat>| found.as_ref().is_some_and(|stat| is_it(directory, name, stat, number, node));
     if is_hosts(inside, directory)? {
+        let same = is_same(&found);
         // The host's own link leads there in its own way.
         let is_link = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Symlink;
         return if same || node.link_to.is_some() && found.as_ref().is_some_and(is_link) {
@@ -186,6 +180,16 @@ fn make_in(
         };
     }
     inside.change(directory)?;
+    // One that was taken back, or that no entry tells of any more, and is still there.
+    if let (Some(mapped), Some(stat)) = (inside.mapped, &found)
+        && is_forgotten(inside, directory, number, node, stat)
+        && let Some(number) = number_of(stat)
+    {
+        let failed = |source| NodeError::Failed { what: format!("remove {path}"), source };
+        mounted::take_out(mapped, directory, name, number).map_err(failed)?;
+        found = look(directory, name, path)?;
+    }
+    let same = is_same(&found);
     let is_placeholder =
         |stat: &Stat| inside.mapped.is_some_and(|it| node.link_to.is_none() && mounted::is_placeholder(it, stat));
     match &found {
@@ -303,8 +307,14 @@ fn is_it(directory: &OwnedFd, name: &str, stat: &Stat, number: Number, node: &No
     number_of(stat) == Some(number) || node.link_to.as_deref().is_some_and(leads_to)
 }
 
-fn is_useless(inside: Inside<'_>, stat: &Stat) -> bool {
-    inside.mapped.is_some_and(|mapped| mounted::is_useless(mapped, stat))
+/// Whether a node that is there is one of ours, in a container with a user namespace: of this device, or one that is useless
+/// already. A grant in force is not made again, so no entry tells of it any more.
+fn is_forgotten(inside: Inside<'_>, directory: &OwnedFd, number: Number, node: &Node, stat: &Stat) -> bool {
+    let (_, name) = split(&node.path);
+    let is_it = number_of(stat) == Some(number);
+    let is_ours =
+        |mapped| mounted::is_useless(mapped, stat) || is_it && mounted::is_ours(mapped, directory, name, &node.path);
+    inside.mapped.is_some_and(is_ours)
 }
 
 /// The host's node of a device, open to be asked about.

@@ -21,25 +21,26 @@ pub fn remove(inside: Inside<'_>, number: Number) -> Vec<String> {
     if is_hosts(inside, &dev).unwrap_or(true) {
         return Vec::new();
     }
-    let mut search = Search { number, file_system: stat.st_dev, left: MOST, removed: Vec::new() };
+    let mut search = Search { inside, number, file_system: stat.st_dev, left: MOST, removed: Vec::new() };
     search.visit(&dev, "/dev", DEPTH, &|search, directory, name, path| {
         search.take_node(directory, name, path, |stat| take_out(inside, directory, name, stat).unwrap_or(false))
     });
     if !search.removed.is_empty() {
         search.left = MOST;
-        search.visit(&dev, "/dev", DEPTH, &Search::take_link);
+        search.visit(&dev, "/dev", DEPTH, &|search, directory, name, path| search.take_link(directory, name, path));
     }
     search.removed
 }
 
-struct Search {
+struct Search<'a> {
+    inside: Inside<'a>,
     number: Number,
     file_system: u64,
     left: usize,
     removed: Vec<String>,
 }
 
-impl Search {
+impl Search<'_> {
     /// Takes out of a directory, and of those in it. Says whether something was.
     fn visit(
         &mut self,
@@ -70,7 +71,10 @@ impl Search {
                 && self.visit(&inner, &below, depth - 1, take)
             {
                 has_taken = true;
-                // One that is not empty stays.
+                // What was done below concerned another directory. One that is not empty stays.
+                if self.inside.change(directory).is_err() {
+                    break;
+                }
                 let _ = unlinkat(directory, name, AtFlags::REMOVEDIR);
             }
         }
@@ -89,6 +93,6 @@ impl Search {
     fn take_link(&mut self, directory: &OwnedFd, name: &str, _: String) -> bool {
         let leads_there = readlinkat(directory, name, Vec::new())
             .is_ok_and(|target| self.removed.iter().any(|path| path.as_bytes() == target.as_bytes()));
-        leads_there && unlinkat(directory, name, AtFlags::empty()).is_ok()
+        leads_there && self.inside.change(directory).is_ok() && unlinkat(directory, name, AtFlags::empty()).is_ok()
     }
 }

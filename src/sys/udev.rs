@@ -168,6 +168,7 @@ pub fn describe(device: &Granted) -> Option<Description> {
 fn profile(device: &udev::Device) -> Option<Profile> {
     let mut profile = Profile {
         devpath: device.devpath().to_str()?.to_owned(),
+        inode: stat(device.syspath()).ok()?.st_ino,
         properties: properties(device),
         uevent: std::fs::read_to_string(device.syspath().join("uevent")).ok()?,
         record: None,

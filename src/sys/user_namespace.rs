@@ -54,9 +54,8 @@ impl UserNamespace {
     }
 
     /// Has this thread make files as the container's root: a file system of the container's knows no others (EOVERFLOW).
-    /// In a container of an ordinary user it may no more among files than that user; in others, what is said by
-    /// [`UserNamespace::minds_permissions_of`].
-    /// He decides what lies where in it, and directories of the host that are not his may.
+    /// In a container of an ordinary user it may no more among files than that user: he decides what lies where in it, and
+    /// directories of the host that are not his may. In others, see [`UserNamespace::minds_permissions_of`].
     pub fn make_files_as_root(&self, is_users: bool) -> io::Result<()> {
         if is_users {
             give_up_groups()?;

@@ -160,6 +160,13 @@ fn what_others_have_alone_is_not_guessed(runtime: &str) {
     std::fs::remove_file(ledger).unwrap();
     assert!(c.opens("<>", &shared.path), "what is shared needs no ledger");
     assert_eq!(c.node(&device.path), None);
+    // Nor of one page in it.
+    std::fs::create_dir(ledger).unwrap();
+    std::fs::write(ledger.join("c-other.json"), "no page").unwrap();
+    let of_page = start(runtime, &format!("qmh-no-page-{runtime}"), &[installed()], &options);
+    std::fs::remove_file(ledger.join("c-other.json")).unwrap();
+    assert!(of_page.opens("<>", &shared.path) && of_page.node(&device.path).is_none());
+    drop(of_page);
     let logged = std::fs::read_to_string(MANAGER_LOG).unwrap();
     assert!(logged.contains("which devices other containers have alone is not known"), "{logged}");
     // The agent knows.

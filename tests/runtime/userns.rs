@@ -21,6 +21,7 @@ pub(crate) const CASES: &[Case] = &[
     ("userns::what_was_there_at_the_start_goes_and_comes_back", what_was_there_at_the_start),
     ("userns::what_the_container_does_to_its_node_is_its_own_loss", what_the_container_does_to_its_node),
     ("userns::verify_and_explain_know_its_ids", verify_and_explain_know_its_ids),
+    ("userns::attached_again_after_its_page_was_lost", attached_again_after_its_page_was_lost),
 ];
 
 #[cfg(feature = "fail-points")]
@@ -295,4 +296,20 @@ fn killed_at_every_point() {
     attaching_and_detaching("crun", true, Container::start_mapped);
     attaching_and_detaching("runc", false, Container::start_mapped);
     expect_seen(|point| MAPPED.contains(&point));
+}
+
+/// Without an agent, which would take it back first.
+fn attached_again_after_its_page_was_lost(runtime: &str) {
+    let device = console(41);
+    let c = Container::start_mapped(runtime, "qmh-mapped-lost", &[]);
+    qm(&["attach", &c.name, &device.path]).ok();
+    ledger().keys().for_each(|page| std::fs::write(page, "no page").unwrap());
+    qm(&["attach", &c.name, &device.path]).ok();
+    assert!(c.opens("<>", &device.path));
+    assert_eq!(grants()[0]["node"], "ours");
+    qm(&["detach", &c.name, &device.path]).ok();
+    assert_eq!(c.node(&device.path), None);
+    for file in std::fs::read_dir("/run/qm-hotplug/ledger").unwrap().flatten() {
+        std::fs::remove_file(file.path()).unwrap();
+    }
 }
