@@ -57,32 +57,34 @@ fn cases() -> impl Iterator<Item = Case> {
         return soak::CASES.to_vec().into_iter();
     }
     let is_bookworm = std::env::var("QMH_LAB_RELEASE").as_deref() == Ok("bookworm");
+    let in_bookworm = |cases: &'static [Case]| if is_bookworm { cases } else { &[] };
+    let in_trixie = |cases: &'static [Case]| if is_bookworm { &[] } else { cases };
+    // Long ones are in one of the releases. Trixie's Podman finds no CRIU; bookworm has no Incus, and its policy of SELinux
+    // no containers.
     [
         smoke::CASES,
         plug::CASES,
-        // Long ones: in one of the releases each. Trixie's udevd inside takes minutes to start.
-        if is_bookworm { clients::CASES } else { &[] },
-        if is_bookworm { inner_systemd::CASES } else { &[] },
+        in_bookworm(clients::CASES),
+        in_bookworm(inner_systemd::CASES),
         survive::CASES,
         nested::CASES,
-        if is_bookworm { &[] } else { mapped::CASES },
+        in_trixie(mapped::CASES),
         install::CASES,
         operation::CASES,
         demo::CASES,
         hook::CASES,
-        enable::CASES,
-        seat::CASES,
-        select::CASES,
-        select_options::CASES,
-        select_ask::CASES,
+        in_bookworm(enable::CASES),
+        in_bookworm(seat::CASES),
+        in_trixie(select::CASES),
+        in_trixie(select_options::CASES),
+        in_trixie(select_ask::CASES),
         rootless::CASES,
         runtimes::CASES,
-        // Bookworm has no Incus, and its policy no containers.
-        if is_bookworm { &[] } else { incus::CASES },
-        if is_bookworm { &[] } else { selinux::CASES },
+        in_trixie(incus::CASES),
+        in_trixie(selinux::CASES),
         hub::CASES,
         forks::CASES,
-        if is_bookworm { checkpoint::CASES } else { &[] },
+        in_bookworm(checkpoint::CASES),
         // The last one: what others leave in /run is gone then.
         reboot::CASES,
     ]
