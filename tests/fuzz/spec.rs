@@ -44,7 +44,7 @@ impl Discovery for Sticks {
 }
 
 fn hook(as_whom: Option<&'static Hook>, mut input: &[u8]) -> Result<Vec<u8>, ()> {
-    let around = Surroundings { discovery: &Sticks, log: Some("/dev/null".into()) };
+    let around = Surroundings { discovery: &Sticks, log: Some("/dev/null".into()), has_udev: false };
     let mut output = Vec::new();
     run(as_whom, &around, &mut input, &mut output).map(|()| output.clone()).map_err(|error| {
         assert_eq!(text(&output), "", "what is refused is not written");
