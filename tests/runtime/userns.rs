@@ -289,13 +289,13 @@ fn verify_and_explain_know_its_ids(runtime: &str) {
 
 #[cfg(feature = "fail-points")]
 fn killed_at_every_point() {
-    use crate::killed::{MAPPED, attaching_and_detaching, expect_seen, grants_by_rule, revocations_by_rule};
+    use crate::killed::{attaching_and_detaching, expect_seen, grants_by_rule, revocations_by_rule};
 
     grants_by_rule("crun", Container::start_mapped);
     revocations_by_rule("runc", Container::start_mapped);
     attaching_and_detaching("crun", true, Container::start_mapped);
     attaching_and_detaching("runc", false, Container::start_mapped);
-    expect_seen(|point| MAPPED.contains(&point));
+    expect_seen(qm_hotplug::failpoint::MAPPED_POINTS);
 }
 
 /// Without an agent, which would take it back first.
