@@ -40,6 +40,12 @@ impl<'vm> Agent<'vm> {
         self.vm.ok(&format!("systemctl stop {UNIT}"));
     }
 
+    /// Holds it up, or lets it go on.
+    #[track_caller]
+    pub(crate) fn pause(&self, pause: bool) {
+        self.vm.ok(&format!("systemctl kill --signal={} {UNIT}", if pause { "STOP" } else { "CONT" }));
+    }
+
     /// Kills it.
     #[track_caller]
     pub(crate) fn kill(&self) {

@@ -44,7 +44,7 @@ impl<'vm> DebianRoot<'vm> {
     }
 
     /// Starts containers that share it, each with its runtime, name, and what follows `podman run`. They run `command`
-    /// in a network namespace of their own.
+    /// in a network namespace of their own, where nothing else is asked for.
     #[track_caller]
     pub(crate) fn run_all(&self, wanted: &[(&str, &str, &str)], command: &str) -> Vec<Container<'vm>> {
         // Made first, so that those that did start are removed when another one does not.
@@ -53,8 +53,9 @@ impl<'vm> DebianRoot<'vm> {
         let mut containers: Vec<Container<'vm>> = wanted.iter().map(|(_, name, _)| not_yet(name)).collect();
         let mut script = String::from("pids=()\n");
         for (runtime, name, arguments) in wanted {
+            let network = if arguments.contains("--network") { "" } else { "--network=none" };
             script += &format!(
-                "podman --runtime {runtime} run -d --name {name} --network=none {arguments} --rootfs {} {command} \
+                "podman --runtime {runtime} run -d --name {name} {network} {arguments} --rootfs {} {command} \
                  >/dev/null &\npids+=($!)\n",
                 self.path(),
             );

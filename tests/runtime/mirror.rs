@@ -242,7 +242,8 @@ fn place_with_control() -> String {
 /// It hears of a device from the kernel, gives the node an owner and a mode, and is not disturbed.
 fn a_udevd_of_its_own_has_its_way(runtime: &str) {
     let udevd = Udevd::start();
-    let mut agent = Agent::start();
+    let start = || Agent::start_with(&[("QM_HOTPLUG_LOG", "debug")]);
+    let mut agent = start();
     let own = place_with_control();
     let c = Container::start(runtime, "qmh-udevd", &[&RULE[..], &["-v", &format!("{own}:/run/udev")]].concat());
     let other = Container::start(runtime, "qmh-no-udevd", &RULE);
@@ -265,12 +266,19 @@ fn a_udevd_of_its_own_has_its_way(runtime: &str) {
     for _ in 0..2 {
         assert_eq!(node(), before);
         agent.stop();
-        agent = Agent::start();
+        agent = start();
     }
     assert!(listener.is_silent(), "its udevd tells those inside");
     assert_eq!(c.sh("ls /run/udev; ls /dev/qmh-by-id").stdout, "control\n", "and makes entries and links");
     device.unplug();
     wait_for("the node to go", || c.node(&device.path).is_none());
+    let said = |log: &str| log.lines().rfind(|line| line.contains("udev has spoken of it")).map(str::to_owned);
+    assert!(said(&agent.log()).is_some_and(|line| line.contains("before udev")), "{}", agent.log());
+    drop(c);
+    // Nobody is there any more for whom it counts.
+    wait_for("the kernel's word to count no more", || {
+        said(&agent.log()).is_some_and(|line| line.contains("once udev"))
+    });
     agent.stop();
 }
 

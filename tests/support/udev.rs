@@ -64,7 +64,10 @@ impl Udevd {
 
     /// The same with that number.
     pub fn tell_as(&self, action: &str, devpath: &str, sequence: &str) {
-        let properties = [("ACTION", action), ("DEVPATH", devpath), ("SUBSYSTEM", "x"), ("SEQNUM", sequence)];
+        // Who listens to one subsystem alone is asked for its name. Of a device that is gone it is not known here.
+        let subsystem = fs::canonicalize(format!("/sys{devpath}/subsystem"));
+        let subsystem = subsystem.as_ref().ok().and_then(|path| path.file_name()?.to_str()).unwrap_or("x");
+        let properties = [("ACTION", action), ("DEVPATH", devpath), ("SUBSYSTEM", subsystem), ("SEQNUM", sequence)];
         let message = of_udev(properties.into_iter());
         sendto(self.socket.as_raw_fd(), &message, &NetlinkAddr::new(0, 2), MsgFlags::empty()).unwrap();
     }
