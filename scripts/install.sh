@@ -51,6 +51,8 @@ program=$destdir$prefix/bin/qm-hotplug
 hook=$destdir$prefix/share/containers/oci/hooks.d/qm-hotplug.json
 hook_links=$destdir$prefix/libexec/oci/hooks.d
 unit=$destdir$prefix/lib/systemd/system/qm-hotplug.service
+socket=$destdir$prefix/lib/systemd/system/qm-hotplug.socket
+group=$destdir$prefix/lib/sysusers.d/qm-hotplug.conf
 
 # Whether this is about the running system, systemd runs it, and looks for units there.
 has_systemd() {
@@ -81,15 +83,19 @@ install_all() {
     [[ -f $binary && -x $binary ]] || die "$binary is no program: give --binary a build of qm-hotplug"
     put 0755 "$program" <"$binary"
     for_prefix "$root/units/qm-hotplug.service" | put 0644 "$unit"
+    put 0644 "$socket" <"$root/units/qm-hotplug.socket"
+    put 0644 "$group" <"$root/units/qm-hotplug.sysusers"
     # Last: from here on containers are started through the program.
     for_prefix "$root/hooks/qm-hotplug.json" | put 0644 "$hook"
     say "installed $program"
-    say "installed $unit"
+    say "installed $unit, with $(basename "$socket")"
+    say "installed $group"
     say "installed $hook"
     if [[ $prefix != /usr ]]; then
         say "Podman looks for hooks in /usr/share/containers/oci/hooks.d: add $prefix/share/containers/oci/hooks.d to hooks_dir in containers.conf"
     fi
     if has_systemd; then
+        systemd-sysusers "$group"
         systemctl daemon-reload
         # An agent that runs already: the new one takes over, and grants stay in force meanwhile.
         systemctl try-restart qm-hotplug.service
@@ -105,7 +111,7 @@ uninstall_all() {
         find "$hook_links" -maxdepth 1 -type l -name 'oci-qm-*' -lname "$prefix/bin/qm-hotplug" -delete
     fi
     if has_systemd && [[ -e $unit ]]; then
-        systemctl disable --now --quiet qm-hotplug.service
+        systemctl disable --now --quiet qm-hotplug.service qm-hotplug.socket
     fi
     if [[ -z $destdir ]]; then
         if [[ -x $program && -e /run/qm-hotplug ]]; then
@@ -119,7 +125,7 @@ uninstall_all() {
             rmdir /run/qm-hotplug 2>/dev/null || true
         fi
     fi
-    rm -f "$unit" "$program"
+    rm -f "$unit" "$socket" "$group" "$program"
     if has_systemd; then
         systemctl daemon-reload
         systemctl reset-failed --quiet qm-hotplug.service 2>/dev/null || true

@@ -58,8 +58,9 @@ unit_is_valid() {
     local scratch status=0
     scratch=$(mktemp -d)
     sed "s#/usr/bin/qm-hotplug#$(command -v true)#" units/qm-hotplug.service >"$scratch/qm-hotplug.service"
+    cp units/qm-hotplug.socket "$scratch/"
     # What it does not know it ignores, says so, and succeeds: any word is a failure.
-    systemd-analyze verify "$scratch/qm-hotplug.service" >"$scratch/said" 2>&1 || status=1
+    systemd-analyze verify "$scratch/qm-hotplug.service" "$scratch/qm-hotplug.socket" >"$scratch/said" 2>&1 || status=1
     if [[ -s $scratch/said ]]; then
         cat "$scratch/said" >&2
         status=1
@@ -161,7 +162,7 @@ prepare() {
         style) packages+=(systemd) ;;
         fuzz) packages+=(g++) ;;
         kernel) packages+=(iproute2 busybox-static) ;;
-        runtime | readme) packages+=(podman runc crun conmon busybox-static uidmap udev kmod iproute2) ;;
+        runtime | readme) packages+=(podman runc crun conmon busybox-static uidmap udev kmod iproute2 systemd) ;;
         bookworm | trixie) ;; # scripts/lab.sh knows what it needs
         esac
     done

@@ -28,7 +28,7 @@
 //! | [`log`] | the log, one line an event | `core` |
 //! | [`ops`] | carries out plans, keeps the ledger, shows containers what udev knows, explains and proves | the above, `config` |
 //! | [`config`] | the host's configuration files | `core` |
-//! | [`agent`] | the service: one loop that observes, plans, executes; its socket | the above |
+//! | [`agent`] | the service: one loop that observes, plans, executes; the socket, in a thread of its own | the above |
 //! | [`precreate`] | the OCI hook | `core`, `sys`, `runtime`, `ops`, `config` |
 //! | [`failpoint`] | where tests kill the process; nothing in what is shipped | nothing of ours |
 //! | [`cli`] | one file a command, and what a person reads | all |

@@ -34,7 +34,7 @@ enum At {
     Lab(&'static str),
 }
 
-const COMMANDS: [(&str, At); 21] = [
+const COMMANDS: [(&str, At); 24] = [
     ("sudo scripts/demo.sh", At::Here),
     ("sudo scripts/test.sh", At::TestScript),
     ("sudo scripts/install.sh", At::Here),
@@ -57,6 +57,12 @@ const COMMANDS: [(&str, At); 21] = [
     ("sudo qm-hotplug explain app /dev/video2", At::Here),
     ("sudo qm-hotplug detach app /dev/zigbee", At::Here),
     ("sudo qm-hotplug status", At::Here),
+    ("sudo usermod --append --groups qm-hotplug alice", At::Lab("usermod --append --groups qm-hotplug ")),
+    ("varlinkctl introspect /run/qm-hotplug/io.qmhotplug io.qmhotplug", At::Lab("varlinkctl introspect ")),
+    (
+        "varlinkctl call /run/qm-hotplug/io.qmhotplug io.qmhotplug.List '{\"container\":\"app\"}'",
+        At::Lab("varlinkctl call "),
+    ),
     ("sudo ln -sf /usr/bin/qm-hotplug /usr/libexec/oci/hooks.d/oci-qm-device-manager", At::Here),
     ("sudo ln -sf /usr/bin/qm-hotplug /usr/libexec/oci/hooks.d/oci-qm-wayland-client-devices", At::Here),
 ];

@@ -1,168 +1,185 @@
-//! The agent's socket: requests in, answers out.
+//! The agent's socket: a thread of its own, so that whoever calls keeps no device event waiting.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixListener as Listener;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use nix::unistd::Group;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinSet, LocalSet};
+use tokio::time::{sleep, timeout};
 
+use crate::agent::conversation;
 use crate::agent::monitors::Monitors;
-use crate::core::event::Event;
-use crate::core::protocol::{Incoming, Reply, Request, frame, parse_request};
+use crate::core::protocol::{Reply, Request};
+use crate::error::{Error, Result};
+use crate::sys::activation;
 
-/// The longest request that is read.
-const LONGEST: usize = 64 * 1024;
+/// Who is in this group may connect; systemd makes it (sysusers.d).
+const GROUP: &str = "qm-hotplug";
+/// How many connections one user may have: each may hold a request of the longest kind.
+const MOST: usize = 128;
+/// How long nobody is let in when there are no descriptors left.
+const EXHAUSTED: Duration = Duration::from_millis(100);
+/// How many questions about containers are looked into at once; others wait.
+const LOOKING: usize = 2;
+
+/// Who calls (unix(7), `SO_PEERCRED`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Peer {
+    pub(super) uid: u32,
+    /// 0 where it is not known.
+    pub(super) pid: i32,
+}
 
 /// A request, and where its answer goes.
 #[derive(Debug)]
 pub(super) struct Call {
     pub(super) request: Request,
+    pub(super) peer: Peer,
     pub(super) answer: oneshot::Sender<Reply>,
 }
 
-/// Listens, for root alone. A socket that a killed agent left is replaced: whoever calls this holds the ledger's lock.
-pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
+/// The agent's end of it. Who drops [`Api::calls`] ends all conversations.
+#[derive(Debug)]
+pub(super) struct Api {
+    /// What only the agent's loop can answer.
+    pub(super) calls: mpsc::Receiver<Call>,
+    /// Comes when all have been told of the end.
+    ended: oneshot::Receiver<()>,
+    /// The socket's path, where it is ours to remove.
+    path: Option<PathBuf>,
+}
+
+impl Api {
+    /// Listens at the socket that systemd hands over, or at one of our own at that path.
+    pub(super) fn start(path: &Path, monitors: Monitors) -> Result<Api> {
+        let failed = || Error::host::<io::Error>(format!("listen at {}", path.display()));
+        let given = activation::socket().map_err(failed())?;
+        let path = given.is_none().then(|| path.to_owned());
+        let listener = given.map_or_else(|| listen(path.as_deref().expect("it is ours")), |fd| Ok(Listener::from(fd)));
+        let listener = listener.map_err(failed())?;
+        let ((caller, calls), (say, ended)) = (mpsc::channel(16), oneshot::channel());
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().max_blocking_threads(LOOKING).build().map_err(failed())?;
+        let is_ours = path.is_some();
+        let life = move || {
+            LocalSet::new().block_on(&runtime, serve(listener, is_ours, &caller, &monitors));
+            let _ = say.send(());
+            // Who looks into a container that does not answer is not waited for.
+            runtime.shutdown_background();
+        };
+        std::thread::Builder::new().name("api".into()).spawn(life).map_err(failed())?;
+        Ok(Api { calls, ended, path })
+    }
+
+    /// Takes no more requests, and waits so long at most until those who are connected have been told.
+    pub(super) async fn end(self, patience: Duration) {
+        let Api { calls, ended, path } = self;
+        // A command that comes later does itself what it was asked for, once the ledger is free.
+        if let Some(path) = path {
+            let _ = std::fs::remove_file(path);
+        }
+        drop(calls);
+        let _ = timeout(patience, ended).await;
+    }
+}
+
+/// Makes the socket, for root and the group, where that is there. One that a killed agent left is replaced: whoever calls
+/// this holds the ledger's lock. Everything else in its directory is root's alone.
+fn listen(path: &Path) -> io::Result<Listener> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    // The directory is 0700, so nobody comes in between bind and chmod.
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    let set = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode));
+    let directory = path.parent().expect("it is in a directory");
+    // Nobody comes in between bind and chmod.
+    set(directory, 0o700)?;
+    let listener = Listener::bind(path)?;
+    match Group::from_name(GROUP)? {
+        Some(group) => {
+            chown(path, None, Some(group.gid.as_raw()))?;
+            set(path, 0o660)?;
+            set(directory, 0o711)?;
+        }
+        None => set(path, 0o600)?,
+    }
     Ok(listener)
 }
 
-/// Serves one caller until it hangs up or sends something too long.
-pub(super) async fn serve(mut stream: UnixStream, calls: mpsc::Sender<Call>, monitors: Monitors) {
-    let mut pending = Vec::new();
-    let mut buffer = [0; 4096];
-    loop {
-        while let Some(end) = pending.iter().position(|byte| *byte == 0) {
-            let message: Vec<u8> = pending.drain(..=end).collect();
-            let (reply, events) = answer(&message[..end], &calls, &monitors).await;
-            if stream.write_all(&frame(&reply)).await.is_err() {
-                return;
+/// Lets in who calls, until nobody takes requests any more.
+async fn serve(listener: Listener, is_ours: bool, caller: &mpsc::Sender<Call>, monitors: &Monitors) {
+    let listener = match listener.set_nonblocking(true).and_then(|()| UnixListener::from_std(listener)) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!("nobody can call: {error}"),
+    };
+    let (mut callers, seats) = (JoinSet::new(), Rc::<RefCell<HashMap<u32, usize>>>::default());
+    let let_in = |callers: &mut JoinSet<()>, stream: UnixStream| {
+        let Ok(credentials) = stream.peer_cred() else { return };
+        let peer = Peer { uid: credentials.uid(), pid: credentials.pid().unwrap_or(0) };
+        match Seat::take(&seats, peer.uid) {
+            Some(seat) => {
+                let (caller, monitors) = (caller.clone(), monitors.clone());
+                callers.spawn_local(async move {
+                    conversation::lead(stream, peer, caller, monitors).await;
+                    drop(seat);
+                });
             }
-            if let Some(events) = events {
-                return tell(stream, events, reply, calls).await;
-            }
+            None => tracing::warn!("uid {} (pid {}) has {MOST} connections, and gets no more", peer.uid, peer.pid),
         }
+    };
+    loop {
         tokio::select! {
-            biased;
-            read = stream.read(&mut buffer) => match read {
-                Ok(0) | Err(_) => return,
-                Ok(length) => pending.extend_from_slice(&buffer[..length]),
-            },
-            // Nobody takes requests any more, and what was asked for until now is answered.
-            () = calls.closed() => return,
-        }
-        if pending.len() > LONGEST {
-            let reply = Reply::bad(2, &format!("a request may have {LONGEST} bytes at most"));
-            let _ = stream.write_all(&frame(&reply)).await;
-            return;
-        }
-    }
-}
-
-/// The answer, and what follows it where that is a stream.
-async fn answer(
-    message: &[u8],
-    calls: &mpsc::Sender<Call>,
-    monitors: &Monitors,
-) -> (Reply, Option<broadcast::Receiver<Event>>) {
-    let Incoming { request, .. } = match parse_request(message) {
-        Ok(incoming) => incoming,
-        Err(reason) => return (Reply::bad(2, &reason), None),
-    };
-    // Subscribed before the answer says so.
-    let events = matches!(request, Request::Monitor(_)).then(|| monitors.subscribe());
-    let (answer, reply) = oneshot::channel();
-    let stopping = || (Reply::bad(1, "the agent is stopping: ask again once it runs, or once it is gone"), None);
-    if calls.send(Call { request, answer }).await.is_err() {
-        return stopping();
-    }
-    match (reply.await, events) {
-        (Err(_), _) => stopping(),
-        (Ok(reply), Some(events)) if reply.error.is_none() => (reply.continued(), Some(events)),
-        (Ok(reply), _) => (reply, None),
-    }
-}
-
-/// Hands on events until the caller hangs up. One that reads slowly keeps nobody waiting: events that it has no room for
-/// are lost to it, and it is told how many.
-async fn tell(mut stream: UnixStream, mut events: broadcast::Receiver<Event>, ready: Reply, calls: mpsc::Sender<Call>) {
-    let only = match serde_json::from_value(ready.parameters) {
-        Ok(Event::Ready { container: Some(container), id: Some(id) }) => Some((container, id)),
-        _ => None,
-    };
-    let mut buffer = [0; 256];
-    loop {
-        let event = tokio::select! {
-            event = events.recv() => match event {
-                Ok(event) => event,
-                Err(RecvError::Lagged(count)) => Event::Lost { count },
-                Err(RecvError::Closed) => return,
-            },
-            // It has nothing more to say.
-            read = stream.read(&mut buffer) => match read {
-                Ok(0) | Err(_) => return,
-                Ok(_) => continue,
-            },
-            () = calls.closed() => return,
-        };
-        if only.as_ref().is_none_or(|(container, id)| event.concerns(container, id))
-            && stream.write_all(&frame(&Reply::good(event).continued())).await.is_err()
-        {
-            return;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::core::event::Changed;
-
-    /// One that does not read keeps nobody waiting, and learns how much it has missed.
-    #[test]
-    fn a_slow_monitor_loses_events_and_is_told_how_many() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            const ALL: u64 = 20_000;
-            let (ours, mut its) = UnixStream::pair().unwrap();
-            let monitors = Monitors::new();
-            let ready = Reply::good(Event::Ready { container: None, id: None });
-            let (calls, _taken) = mpsc::channel(1);
-            let telling = tokio::spawn(tell(ours, monitors.subscribe(), ready, calls));
-            let event = |count| {
-                let (container, id, device, path, origin) = Default::default();
-                Event::Granted(Changed { container, id, device, path, origin, micros: Some(count) })
-            };
-            for count in 0..ALL {
-                monitors.tell(|| event(count));
-                tokio::task::yield_now().await;
-            }
-            drop(monitors);
-            let mut text = Vec::new();
-            its.read_to_end(&mut text).await.unwrap();
-            telling.await.unwrap();
-            let (mut next, mut lost) = (0, 0);
-            for message in text.split(|byte| *byte == 0).filter(|message| !message.is_empty()) {
-                let reply: Reply = serde_json::from_slice(message).unwrap();
-                assert!(reply.continues);
-                match serde_json::from_value(reply.parameters).unwrap() {
-                    Event::Lost { count } => (lost, next) = (lost + count, next + count),
-                    told => {
-                        assert_eq!(told, event(next));
-                        next += 1;
-                    }
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => let_in(&mut callers, stream),
+                Err(error) => {
+                    tracing::warn!("nobody can call for a moment: {error}");
+                    sleep(EXHAUSTED).await;
                 }
+            },
+            Some(_) = callers.join_next() => {}
+            () = caller.closed() => break,
+        }
+    }
+    // Who is waiting at a socket of systemd's gets his answer from the next agent.
+    while is_ours && let Ok(Ok((stream, _))) = timeout(Duration::ZERO, listener.accept()).await {
+        let_in(&mut callers, stream);
+    }
+    drop(listener);
+    while callers.join_next().await.is_some() {}
+}
+
+/// One of a user's connections.
+struct Seat {
+    uid: u32,
+    seats: Rc<RefCell<HashMap<u32, usize>>>,
+}
+
+impl Seat {
+    fn take(seats: &Rc<RefCell<HashMap<u32, usize>>>, uid: u32) -> Option<Seat> {
+        let mut all = seats.borrow_mut();
+        let count = all.entry(uid).or_default();
+        let has_room = *count < MOST;
+        *count += usize::from(has_room);
+        has_room.then(|| Seat { uid, seats: Rc::clone(seats) })
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut all = self.seats.borrow_mut();
+        if let Some(count) = all.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                all.remove(&self.uid);
             }
-            assert_eq!(next, ALL);
-            assert!(lost > ALL / 2, "{lost}");
-        });
+        }
     }
 }

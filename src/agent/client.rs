@@ -19,6 +19,10 @@ use crate::ops::RUN_DIRECTORY;
 /// Longer than the agent may take for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+const NO_ENTRY: &str =
+    "talking to the agent and changing containers needs root: run it with sudo, or be in the group qm-hotplug";
+const DENIED: &str = "the agent refuses you that: run it with sudo, or have root write an [[operator]] for you and this container into /etc/qm-hotplug/config.d";
+
 /// Path of the agent's socket.
 pub fn socket_path() -> PathBuf {
     PathBuf::from(RUN_DIRECTORY).join(INTERFACE)
@@ -30,9 +34,7 @@ fn connect() -> Result<Option<UnixStream>> {
     match UnixStream::connect(&path) {
         Ok(stream) => Ok(Some(stream)),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => Ok(None),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            Err(Error::Unfit("talking to the agent and changing containers needs root: run it with sudo".into()))
-        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(Error::Unfit(NO_ENTRY.into())),
         Err(error) => Err(Error::host(format!("connect to the agent at {}", path.display()))(error)),
     }
 }
@@ -112,10 +114,15 @@ fn parse<T: DeserializeOwned>(message: &[u8]) -> Result<T> {
         reason: format!("the agent's answer: {error}"),
     };
     let reply: Reply = serde_json::from_slice(message).map_err(unreadable)?;
-    if reply.error.is_some() {
-        let message = reply.parameters.get("message").and_then(Value::as_str).unwrap_or("the agent gave no reason");
-        let code = reply.parameters.get("code").and_then(Value::as_u64).unwrap_or(1);
-        return Err(Error::Remote { message: message.to_owned(), code: code as u8 });
+    if let Some(name) = reply.error {
+        let said = |field: &str| reply.parameters.get(field);
+        let message = match said("message").and_then(Value::as_str) {
+            Some(message) => message.to_owned(),
+            None if name.ends_with(".PermissionDenied") => return Err(Error::Unfit(DENIED.into())),
+            None => format!("the agent answers {name} {}", reply.parameters),
+        };
+        let code = said("code").and_then(Value::as_u64).unwrap_or(1);
+        return Err(Error::Remote { message, code: code as u8 });
     }
     serde_json::from_value(reply.parameters).map_err(unreadable)
 }

@@ -2,9 +2,11 @@
 
 mod api;
 pub mod client;
+mod conversation;
 mod early;
 mod monitors;
 mod news;
+mod operators;
 mod reconcile;
 mod refusals;
 mod registry;
@@ -21,18 +23,18 @@ use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::task::{JoinSet, LocalSet};
-use tokio::time::timeout;
+use tokio::task::LocalSet;
 
-use crate::agent::api::Call;
+use crate::agent::api::{Api, Call};
 use crate::agent::news::{News, What};
 use crate::agent::refusals::Refusals;
 use crate::agent::registry::Registry;
 use crate::agent::service::Service;
 use crate::core::container::Reference;
 use crate::core::event::{Changed, Event};
+use crate::core::info::StatusInfo;
 use crate::core::ledger::Entry;
-use crate::core::protocol::{Monitor, Nothing, Reply, Request, StatusInfo};
+use crate::core::protocol::{Grants, Monitor, Nothing, OneGrant, Reply, Request};
 use crate::core::text::printable;
 use crate::error::{Error, Result};
 use crate::log;
@@ -95,10 +97,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
     let (mut registry, mut refusals) = (Registry::new(watched, executor.persisted.all()), Refusals::new());
     compare(&mut executor, &mut registry, &mut refusals);
 
-    let path = client::socket_path();
-    let listener = api::listen(&path).map_err(Error::host(format!("listen at {}", path.display())))?;
-    let (caller, mut calls) = mpsc::channel::<Call>(16);
-    let mut callers = JoinSet::new();
+    let mut api = Api::start(&client::socket_path(), registry.monitors.clone())?;
     let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
     tracing::info!(
         "ready: {} containers, {} devices, {} grants, events from {}",
@@ -146,39 +145,28 @@ async fn serve(mut executor: Executor) -> Result<()> {
                 reconcile::catch_up(&mut executor, &mut registry);
                 refusals.follow(&mut executor, &registry);
             }
-            Some(call) = calls.recv() => {
+            Some(call) = api.calls.recv() => {
                 let reply = match &call.request {
-                    Request::Reload(_) => {
+                    Request::Reload(_) if call.peer.uid == 0 => {
                         service.reloading();
                         let result = reload(&mut executor, &mut registry, &mut refusals);
                         after = behind_ours(&executor);
                         service.ready(status(&executor, &registry, &after));
                         result.map_or_else(|reason| Reply::bad(1, &reason), |()| Reply::good(Nothing {}))
                     }
-                    request => answer(&mut executor, &mut registry, request),
+                    _ => answer(&mut executor, &mut registry, &call),
                 };
                 refusals.follow(&mut executor, &registry);
                 // A caller that hung up gets no answer; what it asked for is done all the same.
                 let _ = call.answer.send(reply);
             }
-            Ok((stream, _)) = listener.accept() => {
-                callers.spawn_local(api::serve(stream, caller.clone(), registry.monitors.clone()));
-            }
-            Some(_) = callers.join_next() => {}
             () = std::future::ready(()), if was_callers_turn => {}
         }
         service.say(status(&executor, &registry, &after));
         log::tell_repeats();
     }
     service.stopping();
-    // A command that comes later does itself what it was asked for, once the ledger is free; who is connected is told.
-    let _ = std::fs::remove_file(&path);
-    drop(calls);
-    while let Ok(Ok((stream, _))) = timeout(Duration::ZERO, listener.accept()).await {
-        callers.spawn_local(api::serve(stream, caller.clone(), registry.monitors.clone()));
-    }
-    drop(listener);
-    let _ = timeout(FAREWELL, async { while callers.join_next().await.is_some() {} }).await;
+    api.end(FAREWELL).await;
     drain(&mut executor, &mut registry, &mut refusals, &mut news);
     refusals.stop(&mut executor);
     log::tell_all_repeats();
@@ -283,13 +271,14 @@ fn lost(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusal
     registry.compared = Compared { started, took: started.elapsed(), is_due: false };
 }
 
-fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -> Reply {
+fn answer(executor: &mut Executor, registry: &mut Registry, call: &Call) -> Reply {
+    let request = &call.request;
     let is_detach = matches!(request, Request::Detach(_));
     let needs_before = is_detach || registry.monitors.are_there();
     let all = |executor: &Executor| -> HashSet<Entry> { executor.ledger.entries().cloned().collect() };
     let _stay = namespace::stay();
     let (start, before) = (Instant::now(), needs_before.then(|| all(executor)));
-    let mut result = carry_out(executor, registry, request);
+    let mut result = carry_out(executor, registry, call);
     if let Err(Error::NoSuchContainer(_)) = result {
         // It may have started a moment ago, or its name may have been out of sight.
         let mut new = BTreeSet::new();
@@ -300,7 +289,7 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
             }
         }
         reconcile::arrived(executor, registry, &new, Instant::now());
-        result = carry_out(executor, registry, request);
+        result = carry_out(executor, registry, call);
     }
     registry.keep(&executor.cgroups, executor.persisted.all());
     if is_detach {
@@ -327,26 +316,34 @@ fn answer(executor: &mut Executor, registry: &mut Registry, request: &Request) -
     })
 }
 
-fn carry_out(executor: &mut Executor, registry: &Registry, request: &Request) -> Result<Reply> {
+fn carry_out(executor: &mut Executor, registry: &Registry, call: &Call) -> Result<Reply> {
     let containers = registry.snapshot();
-    match request {
-        Request::Attach(attach) => request::attach(executor, &containers, attach).map(Reply::good),
-        Request::Detach(detach) => request::detach(executor, &containers, detach, true).map(Reply::good),
+    if !operators::may(executor, registry, &containers, call)? {
+        return Ok(Reply::denied());
+    }
+    match &call.request {
+        Request::Attach(attach) => {
+            request::attach(executor, &containers, attach).map(|grant| Reply::good(OneGrant { grant }))
+        }
+        Request::Detach(detach) => {
+            request::detach(executor, &containers, detach, true).map(|grants| Reply::good(Grants { grants }))
+        }
         Request::List(list) => {
-            request::list(executor.ledger.entries(), &executor.persisted, &containers, list).map(Reply::good)
+            let grants = request::list(executor.ledger.entries(), &executor.persisted, &containers, list)?;
+            Ok(Reply::good(Grants { grants }))
         }
         Request::Status(_) => {
             let grants = executor.ledger.count();
             let status = request::status(&executor.cgroups, containers.len(), grants, Some(events_from()))?;
             Ok(Reply::good(StatusInfo { configuration: registry.problems.clone(), ..status }))
         }
-        Request::Reload(_) => unreachable!("the loop does that itself"),
         Request::Monitor(Monitor { container: None }) => Ok(Reply::good(Event::Ready { container: None, id: None })),
         Request::Monitor(Monitor { container: Some(name) }) => {
             let container = lookup(&containers, &Reference::parse(name).map_err(Error::Usage)?)?;
             let (name, id) = (container.label().to_owned(), container.id);
             Ok(Reply::good(Event::Ready { container: Some(name), id: Some(id) }))
         }
+        _ => unreachable!("the loop does that itself, or the socket's thread"),
     }
 }
 

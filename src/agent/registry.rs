@@ -364,6 +364,11 @@ impl Registry {
         Some(id)
     }
 
+    /// The configuration that is in force.
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
     /// The containers, for look-ups by name.
     pub(super) fn snapshot(&self) -> Vec<Container> {
         self.containers.values().map(|known| known.container.clone()).collect()

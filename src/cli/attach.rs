@@ -10,7 +10,8 @@ use crate::core::destination;
 use crate::core::device::{Access, Device};
 use crate::core::facts::Facts;
 use crate::core::grammar::{Author, selection};
-use crate::core::protocol::{Attach, GrantInfo, Persist, Request};
+use crate::core::info::GrantInfo;
+use crate::core::protocol::{Attach, OneGrant, Persist, Request};
 use crate::core::selection::{Group, Options, Selection, duration};
 use crate::error::{Error, Result};
 use crate::ops::live::lookup;
@@ -146,19 +147,19 @@ fn attach(
     let request = Attach {
         container: args.container.clone(),
         device,
-        destination,
-        access: args.access.or(options.access).unwrap_or(Access::ALL),
+        destination: Some(destination),
+        access: args.access.or(options.access),
         mode: args.mode.or(options.mode),
         uid: args.uid.or(options.uid),
         gid: args.gid.or(gid),
         persist,
     };
     let done = change(&Request::Attach(request.clone()), |executor| {
-        ops::request::attach(executor, &runtime::scan(), &request)
+        ops::request::attach(executor, &runtime::scan(), &request).map(|grant| OneGrant { grant })
     })?;
     Ok(match done {
-        Done::ByAgent(grant) => (grant, true),
-        Done::Here(grant) => (grant, false),
+        Done::ByAgent(OneGrant { grant }) => (grant, true),
+        Done::Here(OneGrant { grant }) => (grant, false),
     })
 }
 

@@ -1,7 +1,7 @@
 //! `qm-hotplug detach`.
 
 use crate::cli::{Done, change, output};
-use crate::core::protocol::{Detach, GrantInfo, Request};
+use crate::core::protocol::{Detach, Grants, Request};
 use crate::error::Result;
 use crate::{ops, runtime};
 
@@ -22,8 +22,10 @@ pub struct Args {
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
     let request = Detach { container: args.container, device: args.device };
-    let here = |executor: &mut ops::Executor| ops::request::detach(executor, &runtime::scan(), &request, false);
-    let (Done::ByAgent(gone) | Done::Here(gone)): Done<Vec<GrantInfo>> =
+    let here = |executor: &mut ops::Executor| {
+        ops::request::detach(executor, &runtime::scan(), &request, false).map(|grants| Grants { grants })
+    };
+    let (Done::ByAgent(Grants { grants: gone }) | Done::Here(Grants { grants: gone })) =
         change(&Request::Detach(request.clone()), here)?;
     if args.json {
         return output::json(&gone);

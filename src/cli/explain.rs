@@ -1,9 +1,12 @@
 //! `qm-hotplug explain`.
 
 use crate::agent::client;
-use crate::cli::{absolute, output};
+use crate::cli::{absolute, look, output};
+use crate::core::info::Explained;
+use crate::core::protocol::{Explain, Request};
 use crate::error::Result;
-use crate::{ops, runtime};
+use crate::ops::explain::explain;
+use crate::runtime;
 
 /// Arguments of `explain`.
 #[derive(Debug, clap::Args)]
@@ -22,8 +25,11 @@ pub struct Args {
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
     let device = absolute(&args.device)?;
-    let agent = std::os::unix::net::UnixStream::connect(client::socket_path()).is_ok();
-    let explained = ops::explain::explain(&runtime::scan(), &args.container, &device, agent)?;
+    let request = Explain { container: args.container.clone(), device: device.clone() };
+    let explained: Explained = look(&Request::Explain(request), "explanation", || {
+        let agent = std::os::unix::net::UnixStream::connect(client::socket_path()).is_ok();
+        explain(&runtime::scan(), &args.container, &device, agent)
+    })?;
     if args.json {
         return output::json(&explained);
     }

@@ -2,7 +2,7 @@
 
 use crate::agent::client;
 use crate::cli::output;
-use crate::core::protocol::{GrantInfo, List, Request};
+use crate::core::protocol::{Grants, List, Request};
 use crate::error::Result;
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::persist::Persisted;
@@ -23,10 +23,10 @@ pub struct Args {
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
     let request = List { container: args.container };
-    let by_agent: Option<Vec<GrantInfo>> = client::call(&Request::List(request.clone()))?;
+    let by_agent: Option<Grants> = client::call(&Request::List(request.clone()))?;
     let has_agent = by_agent.is_some();
     let grants = match by_agent {
-        Some(grants) => grants,
+        Some(Grants { grants }) => grants,
         None => {
             let entries = Store::peek(RUN_DIRECTORY.as_ref(), store::warn)?;
             ops::request::list(entries.iter(), &Persisted::look(), &runtime::scan(), &request)?

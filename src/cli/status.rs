@@ -3,7 +3,8 @@
 use crate::agent::client;
 use crate::cli::output;
 use crate::config;
-use crate::core::protocol::{Nothing, Request, StatusInfo};
+use crate::core::info::StatusInfo;
+use crate::core::protocol::{Nothing, Request};
 use crate::error::Result;
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::request::status;

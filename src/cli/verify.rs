@@ -1,8 +1,11 @@
 //! `qm-hotplug verify`.
 
-use crate::cli::{absolute, output};
+use crate::cli::{absolute, look, output};
+use crate::core::info::Proven;
+use crate::core::protocol::{Request, Verify};
 use crate::error::Result;
-use crate::{ops, runtime};
+use crate::ops::verify::{conclude, verify};
+use crate::runtime;
 
 /// Arguments of `verify`.
 #[derive(Debug, clap::Args)]
@@ -24,7 +27,11 @@ pub struct Args {
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
     let device = args.device.as_deref().map(absolute).transpose()?;
-    let proven = ops::verify::verify(&runtime::scan(), &args.container, device.as_deref(), args.open)?;
+    let open = args.open.then_some(true);
+    let request = Verify { container: args.container.clone(), device: device.clone(), open };
+    let proven: Vec<Proven> = look(&Request::Verify(request), "proofs", || {
+        verify(&runtime::scan(), &args.container, device.as_deref(), args.open)
+    })?;
     if args.json {
         output::json(&proven)?;
     } else if proven.is_empty() {
@@ -37,5 +44,5 @@ pub(super) fn run(args: Args) -> Result<()> {
             Some(reason) => format!("{}: {}: {reason}", one.container, one.path),
         })?;
     }
-    ops::verify::conclude(&proven)
+    conclude(&proven)
 }

@@ -16,6 +16,11 @@
 //! [[container]]
 //! match = "podman:home-assistant"
 //! devices = ["tty,usb=10c4:ea60,as=/dev/zigbee"]
+//!
+//! [[operator]]
+//! group = "video-ops"
+//! container = "cam-*"
+//! allow = ["video"]
 //! ```
 
 use std::collections::BTreeMap;
@@ -47,6 +52,9 @@ pub struct ConfigFile {
     /// What containers get without asking.
     #[serde(default)]
     pub container: Vec<ContainerConfig>,
+    /// Who beside root may attach and detach.
+    #[serde(default)]
+    pub operator: Vec<Spanned<OperatorConfig>>,
 }
 
 /// A category of character devices.
@@ -85,6 +93,30 @@ pub struct ContainerConfig {
     pub matches: Spanned<String>,
     /// Selectors with options.
     pub devices: Vec<Spanned<String>>,
+}
+
+/// Somebody who may attach devices and detach them, by `user` or by `group`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OperatorConfig {
+    /// A user, by name or number.
+    pub user: Option<IdConfig>,
+    /// All of a group, by name or number.
+    pub group: Option<IdConfig>,
+    /// A glob on the container's name and on its id.
+    pub container: Option<Spanned<String>>,
+    /// Selectors: these devices.
+    pub allow: Vec<Spanned<String>>,
+}
+
+/// A user or a group.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum IdConfig {
+    /// By number.
+    Number(u32),
+    /// By name.
+    Name(String),
 }
 
 /// What is wrong with a file, and where.

@@ -5,8 +5,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::core::device::{Access, Kind, Number};
+use crate::core::info::GrantInfo;
 use crate::core::ledger::Entry;
-use crate::core::protocol::GrantInfo;
 
 /// One event. The field names are stable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

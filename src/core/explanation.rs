@@ -1,6 +1,8 @@
 //! Why a container can or cannot open a device: from facts to findings, and what to do.
 
-use serde::Serialize;
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
 
 use crate::core::advice::advice;
 use crate::core::category::{Category, is_forbidden};
@@ -11,7 +13,7 @@ use crate::core::proof::{Answer, Found, Subject, errno_name, judge, user_may_not
 use crate::core::rule::Rule;
 
 /// Whether a finding helps or stands in the way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// Nothing is in the way here.
@@ -23,10 +25,10 @@ pub enum Verdict {
 }
 
 /// One line of the explanation. The field names and topics are stable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// `rule`, `grant`, `filter`, `node`, `mount`, `mode`, `lsm`, `device`, `container`.
-    pub topic: &'static str,
+    pub topic: Cow<'static, str>,
     /// Good, bad or a note.
     pub verdict: Verdict,
     /// In words.
@@ -34,7 +36,7 @@ pub struct Finding {
 }
 
 /// The explanation. The field names are stable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Explanation {
     /// Whether init can open the device; `None` where that could not be asked.
     pub accessible: Option<bool>,
@@ -173,15 +175,15 @@ pub fn explain(facts: &Situation<'_>) -> Explanation {
 }
 
 fn good(topic: &'static str, text: impl Into<String>) -> Finding {
-    Finding { topic, verdict: Verdict::Good, text: text.into() }
+    Finding { topic: topic.into(), verdict: Verdict::Good, text: text.into() }
 }
 
 fn bad(topic: &'static str, text: impl Into<String>) -> Finding {
-    Finding { topic, verdict: Verdict::Bad, text: text.into() }
+    Finding { topic: topic.into(), verdict: Verdict::Bad, text: text.into() }
 }
 
 fn note(topic: &'static str, text: impl Into<String>) -> Finding {
-    Finding { topic, verdict: Verdict::Note, text: text.into() }
+    Finding { topic: topic.into(), verdict: Verdict::Note, text: text.into() }
 }
 
 fn device(facts: &Situation<'_>, all: &mut Vec<Finding>) {

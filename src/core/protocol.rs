@@ -1,16 +1,27 @@
-//! What goes over the agent's socket: varlink's framing (a JSON object and a NUL byte), methods `io.qmhotplug.…`.
+//! What goes over the agent's socket: varlink (varlink.org), JSON objects that a NUL byte ends. `io.qmhotplug.varlink` is the
+//! interface.
+//!
+//! The framing is ours, a few lines: the crates for varlink need a newer compiler than we do, and read a message of any
+//! length.
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize, Serializer};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use crate::core::device::{Access, Kind};
-use crate::core::ledger::{Entry, Origin, Placement};
+use crate::core::device::Access;
+use crate::core::info::GrantInfo;
 
-/// What the names of methods and errors start with.
+/// What the names of our methods and errors start with.
 pub const INTERFACE: &str = "io.qmhotplug";
+/// The interface that every service has.
+pub const SERVICE: &str = "org.varlink.service";
+
+/// The interfaces, with their descriptions.
+const INTERFACES: [(&str, &str); 2] =
+    [(SERVICE, include_str!("org.varlink.service.varlink")), (INTERFACE, include_str!("io.qmhotplug.varlink"))];
 
 /// What a person or a program asks for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "method", content = "parameters")]
 pub enum Request {
     /// Give a container a device.
@@ -22,32 +33,54 @@ pub enum Request {
     /// What is in force.
     #[serde(rename = "io.qmhotplug.List")]
     List(List),
+    /// The devices of this host.
+    #[serde(rename = "io.qmhotplug.Devices")]
+    Devices(Devices),
+    /// The running containers.
+    #[serde(rename = "io.qmhotplug.Containers")]
+    Containers(Nothing),
+    /// Why a container can or cannot open a device.
+    #[serde(rename = "io.qmhotplug.Explain")]
+    Explain(Explain),
+    /// Whether it can.
+    #[serde(rename = "io.qmhotplug.Verify")]
+    Verify(Verify),
     /// How the agent is.
     #[serde(rename = "io.qmhotplug.Status")]
     Status(Nothing),
-    /// Read the configuration again.
-    #[serde(rename = "io.qmhotplug.Reload")]
-    Reload(Nothing),
     /// What happens from now on: a stream of [`crate::core::event::Event`], for callers that take more answers than one.
     #[serde(rename = "io.qmhotplug.Monitor")]
     Monitor(Monitor),
+    /// Read the configuration again.
+    #[serde(rename = "io.qmhotplug.Reload")]
+    Reload(Nothing),
+    /// Who answers.
+    #[serde(rename = "org.varlink.service.GetInfo")]
+    GetInfo(Nothing),
+    /// What it can be asked.
+    #[serde(rename = "org.varlink.service.GetInterfaceDescription")]
+    GetInterfaceDescription(GetInterfaceDescription),
 }
 
 /// No parameters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Nothing {}
 
 /// Parameters of `Attach`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Attach {
     /// As [`crate::core::container::Reference`] reads it.
     pub container: String,
     /// Absolute path on the host; links are followed.
     pub device: String,
-    /// Absolute path inside.
-    pub destination: String,
-    /// Rights.
-    pub access: Access,
+    /// Absolute path inside; the device's own if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub destination: Option<String>,
+    /// Rights; all if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access: Option<Access>,
     /// Permission bits; the host node's if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<u32>,
@@ -64,6 +97,7 @@ pub struct Attach {
 
 /// How a device is meant that is attached for good.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Persist {
     /// The device as it was typed: a path, or a selector.
     pub typed: String,
@@ -74,6 +108,7 @@ pub struct Persist {
 
 /// Parameters of `Detach`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Detach {
     /// As for `Attach`.
     pub container: String,
@@ -83,6 +118,7 @@ pub struct Detach {
 
 /// Parameters of `List`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct List {
     /// Only this container's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -91,127 +127,72 @@ pub struct List {
 
 /// Parameters of `Monitor`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Monitor {
     /// Only of this container.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<String>,
 }
 
-/// A grant as it is told to people and programs. The field names are stable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GrantInfo {
-    /// Name of the container, or its id where it has none.
-    pub container: String,
-    /// Its id.
-    pub id: String,
-    /// The device's node on the host.
-    pub device: String,
-    /// `char` or `block`.
-    pub kind: Kind,
-    /// Major number.
-    pub major: u32,
-    /// Minor number.
-    pub minor: u32,
-    /// Rights, a subset of `rwm`.
-    pub access: Access,
-    /// What the right is: `filter`, an entry in the device filter, or `node` where the container has no filter of its own.
-    #[serde(default = "filter")]
-    pub right: String,
-    /// Path of the node inside.
-    pub path: String,
-    /// Whose the node is: `ours`, `container's` or `host's`; `pending` while it is being made; `none` where something that
-    /// was attached for good is not in force.
-    pub node: String,
-    /// Owner of the node.
-    pub uid: u32,
-    /// Group of the node.
-    pub gid: u32,
-    /// Permission bits of the node, as a number.
-    pub mode: u32,
-    /// `manual`, or `rule:` and the category.
-    pub origin: String,
-    /// Whether it is granted again after a restart of the container or of the machine, by `attach --persist`.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub persist: bool,
-    /// What else is to be said: left over, unplugged, container exited.
+/// Parameters of `Devices`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Devices {
+    /// Only those that this means.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub note: Option<String>,
+    pub selector: Option<String>,
 }
 
-/// An agent of another version does not say.
-fn filter() -> String {
-    right(true).to_owned()
-}
-
-/// What the right is, by whether the holder has a device filter.
-pub fn right(has_filter: bool) -> &'static str {
-    if has_filter { "filter" } else { "node" }
-}
-
-impl From<&Entry> for GrantInfo {
-    fn from(entry: &Entry) -> GrantInfo {
-        let grant = &entry.grant;
-        GrantInfo {
-            container: grant.holder.label().to_owned(),
-            id: grant.holder.id.clone(),
-            device: grant.device.node.clone(),
-            kind: grant.device.number.kind,
-            major: grant.device.number.major,
-            minor: grant.device.number.minor,
-            access: grant.access,
-            right: right(grant.holder.has_filter()).to_owned(),
-            path: grant.node.path.clone(),
-            node: match entry.placement {
-                Placement::Pending | Placement::Making(_) => "pending",
-                Placement::Ours(_) => "ours",
-                Placement::Container => "container's",
-                Placement::Host => "host's",
-            }
-            .to_owned(),
-            uid: grant.node.uid,
-            gid: grant.node.gid,
-            mode: grant.node.mode,
-            origin: match &grant.origin {
-                Origin::Manual | Origin::Persist => "manual".to_owned(),
-                Origin::Rule(_) if grant.at_start && entry.placement == Placement::Container => "start".to_owned(),
-                Origin::Rule(category) => format!("rule:{category}"),
-            },
-            persist: grant.origin == Origin::Persist,
-            note: entry.left_over.as_ref().map(|reason| format!("left over: {reason}")),
-        }
-    }
-}
-
-/// How the agent and the filter are. The field names are stable.
+/// Parameters of `Explain`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StatusInfo {
-    /// Whether an agent answered.
-    pub agent: bool,
-    /// Its version, or this program's.
-    pub version: String,
-    /// `override`, `degraded` (a foreign program at the cgroup root runs after ours) or `none`.
-    pub filter: String,
-    /// Names of those foreign programs.
-    pub after: Vec<String>,
-    /// Entries in the filter's map.
-    pub entries: usize,
-    /// Rights that runtimes gave at a container's start, withdrawn while their device is unplugged.
-    pub withdrawn: usize,
-    /// Containers that run, as far as they are found.
-    pub containers: usize,
-    /// Grants in the ledger.
-    pub grants: usize,
-    /// Where device events come from: `udev`, `kernel`, or `none` without an agent.
-    pub events: String,
-    /// What is wrong with the configuration, each `FILE:LINE:COLUMN: REASON`: it was refused, or files were passed over.
-    #[serde(default)]
-    pub configuration: Vec<String>,
+#[serde(deny_unknown_fields)]
+pub struct Explain {
+    /// As for `Attach`.
+    pub container: String,
+    /// Absolute path on the host or inside.
+    pub device: String,
+}
+
+/// Parameters of `Verify`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Verify {
+    /// As for `Attach`.
+    pub container: String,
+    /// Absolute path on the host or inside; all that it was granted if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Whether each is also opened for a moment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub open: Option<bool>,
+}
+
+/// Parameters of `GetInterfaceDescription`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GetInterfaceDescription {
+    /// Its name.
+    pub interface: String,
+}
+
+/// The answer to `Attach`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OneGrant {
+    /// What was made, or was there.
+    pub grant: GrantInfo,
+}
+
+/// The answer to `Detach` and to `List`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grants {
+    /// What is gone, or what there is.
+    pub grants: Vec<GrantInfo>,
 }
 
 /// An answer: parameters, or an error's name with its parameters.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Reply {
-    /// `io.qmhotplug.NAME`, if it is an error.
+    /// `INTERFACE.NAME`, if it is an error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     /// The answer, or `message` and `code` of an error.
@@ -243,6 +224,35 @@ impl Reply {
         Reply { error: Some(format!("{INTERFACE}.{name}")), parameters, continues: false }
     }
 
+    /// An error that every service has.
+    fn of_service(name: &str, parameters: Value) -> Reply {
+        Reply { error: Some(format!("{SERVICE}.{name}")), parameters, continues: false }
+    }
+
+    /// The caller may not do that.
+    pub fn denied() -> Reply {
+        Reply::of_service("PermissionDenied", json!({}))
+    }
+
+    /// Who answers.
+    pub fn info() -> Reply {
+        Reply::good(json!({
+            "vendor": "qm-hotplug",
+            "product": env!("CARGO_PKG_DESCRIPTION"),
+            "version": env!("CARGO_PKG_VERSION"),
+            "url": "https://github.com/containers/qm",
+            "interfaces": INTERFACES.map(|(name, _)| name),
+        }))
+    }
+
+    /// The description of an interface.
+    pub fn description(request: &GetInterfaceDescription) -> Reply {
+        match INTERFACES.iter().find(|(name, _)| *name == request.interface) {
+            Some((_, description)) => Reply::good(json!({ "description": description })),
+            None => Reply::of_service("InterfaceNotFound", json!({ "interface": request.interface })),
+        }
+    }
+
     /// The same, with more to follow.
     pub fn continued(self) -> Reply {
         Reply { continues: true, ..self }
@@ -263,16 +273,18 @@ pub struct Incoming {
     pub request: Request,
     /// Whether the caller takes more answers than one.
     pub more: bool,
+    /// Whether the caller takes none.
+    pub oneway: bool,
 }
 
 impl Incoming {
     /// One that takes a stream.
     pub fn streamed(request: Request) -> Incoming {
-        Incoming { request, more: true }
+        Incoming { request, more: true, oneway: false }
     }
 }
 
-/// As varlink has it: the request with `more`, where that is set.
+/// As a client of ours sends it.
 impl Serialize for Incoming {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut value = serde_json::to_value(&self.request).map_err(serde::ser::Error::custom)?;
@@ -283,72 +295,79 @@ impl Serialize for Incoming {
     }
 }
 
-/// Reads a request. Errors are in words.
-pub fn parse_request(message: &[u8]) -> Result<Incoming, String> {
-    let mut value: Value =
-        serde_json::from_slice(message).map_err(|error| format!("this is no JSON object: {error}"))?;
+/// Why a message is no request.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Bad {
+    /// It is no varlink at all, why in words: there is nobody to answer.
+    NoMessage(String),
+    /// The answer; none to a caller who takes none.
+    Refused(Option<Reply>),
+}
+
+/// A message as varlink has it.
+#[derive(Deserialize)]
+struct Message {
+    method: String,
+    parameters: Option<Map<String, Value>>,
+    #[serde(default)]
+    more: bool,
+    #[serde(default)]
+    oneway: bool,
+    #[serde(default)]
+    upgrade: bool,
+}
+
+/// Reads a request.
+pub fn parse_request(message: &[u8]) -> Result<Incoming, Bad> {
+    let no_message = |error: serde_json::Error| Bad::NoMessage(format!("this is no varlink message: {error}"));
+    let Message { method, parameters, more, oneway, upgrade } = serde_json::from_slice(message).map_err(no_message)?;
+    let refused = |reply: Reply| Bad::Refused((!oneway).then_some(reply));
+    if upgrade {
+        return Err(refused(Reply::of_service("InvalidParameter", json!({ "parameter": "upgrade" }))));
+    }
     // Varlink lets a caller leave empty parameters out.
-    if let Some(object) = value.as_object_mut() {
-        object.entry("parameters").or_insert_with(|| json!({}));
-    }
-    let more = value.get("more").is_some_and(|more| *more == true);
-    let request =
-        serde_json::from_value(value).map_err(|error| format!("this is no request of {INTERFACE}: {error}"))?;
+    let request = request(&method, parameters.unwrap_or_default().into()).map_err(refused)?;
     match request {
-        Request::Monitor(_) if !more => {
-            Err(format!("{INTERFACE}.Monitor answers with a stream: ask with \"more\": true"))
-        }
-        request => Ok(Incoming { request, more }),
+        Request::Monitor(_) if !more => Err(refused(Reply::of_service("ExpectedMore", json!({})))),
+        request => Ok(Incoming { request, more, oneway }),
     }
+}
+
+/// The error is the answer.
+fn request(method: &str, parameters: Value) -> Result<Request, Reply> {
+    let Some((interface, name)) = method.rsplit_once('.') else {
+        return Err(Reply::of_service("MethodNotFound", json!({ "method": method })));
+    };
+    match (interface, name) {
+        (INTERFACE, "Attach") => read(parameters).map(Request::Attach),
+        (INTERFACE, "Detach") => read(parameters).map(Request::Detach),
+        (INTERFACE, "List") => read(parameters).map(Request::List),
+        (INTERFACE, "Devices") => read(parameters).map(Request::Devices),
+        (INTERFACE, "Containers") => read(parameters).map(Request::Containers),
+        (INTERFACE, "Explain") => read(parameters).map(Request::Explain),
+        (INTERFACE, "Verify") => read(parameters).map(Request::Verify),
+        (INTERFACE, "Status") => read(parameters).map(Request::Status),
+        (INTERFACE, "Monitor") => read(parameters).map(Request::Monitor),
+        (INTERFACE, "Reload") => read(parameters).map(Request::Reload),
+        (SERVICE, "GetInfo") => read(parameters).map(Request::GetInfo),
+        (SERVICE, "GetInterfaceDescription") => read(parameters).map(Request::GetInterfaceDescription),
+        (INTERFACE | SERVICE, _) => Err(Reply::of_service("MethodNotFound", json!({ "method": method }))),
+        _ => Err(Reply::of_service("InterfaceNotFound", json!({ "interface": interface }))),
+    }
+}
+
+/// Reads parameters; the answer to wrong ones names the first that is wrong.
+fn read<T: DeserializeOwned>(parameters: Value) -> Result<T, Reply> {
+    serde_path_to_error::deserialize(parameters).map_err(|error| {
+        let path = error.path().to_string();
+        let reason = error.into_inner().to_string();
+        // One that is missing has no path, but is named in the reason.
+        let named = || reason.split('`').nth(1).unwrap_or("parameters").to_owned();
+        let parameter = if path == "." { named() } else { path };
+        Reply::of_service("InvalidParameter", json!({ "parameter": parameter }))
+    })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn a_request_looks_as_varlink_has_it() {
-        let request = Request::Detach(Detach { container: "web".into(), device: "/dev/x".into() });
-        let text = frame(&request);
-        assert_eq!(
-            text.strip_suffix(b"\0").unwrap(),
-            br#"{"method":"io.qmhotplug.Detach","parameters":{"container":"web","device":"/dev/x"}}"#
-        );
-        let parsed = |text: &[u8]| parse_request(text).map(|incoming| incoming.request);
-        assert_eq!(parsed(text.strip_suffix(b"\0").unwrap()).unwrap(), request);
-        assert_eq!(parsed(br#"{"method":"io.qmhotplug.List"}"#).unwrap(), Request::List(List::default()));
-    }
-
-    #[test]
-    fn a_stream_is_for_those_who_ask_for_more() {
-        let request = Incoming::streamed(Request::Monitor(Monitor { container: Some("web".into()) }));
-        let text = frame(&request);
-        assert_eq!(
-            text.strip_suffix(b"\0").unwrap(),
-            br#"{"method":"io.qmhotplug.Monitor","parameters":{"container":"web"},"more":true}"#
-        );
-        assert_eq!(parse_request(text.strip_suffix(b"\0").unwrap()).unwrap(), request);
-        for more in ["", r#","more":false"#, r#","more":"true""#] {
-            let text = format!(r#"{{"method":"io.qmhotplug.Monitor"{more}}}"#);
-            assert!(parse_request(text.as_bytes()).unwrap_err().contains(r#""more": true"#), "{text}");
-        }
-        let reply = Reply::good(json!({}));
-        assert_eq!(serde_json::to_string(&reply).unwrap(), r#"{"parameters":{}}"#);
-        assert_eq!(serde_json::to_string(&reply.continued()).unwrap(), r#"{"parameters":{},"continues":true}"#);
-    }
-
-    #[test]
-    fn nonsense_is_told_in_words() {
-        assert!(parse_request(b"{").unwrap_err().starts_with("this is no JSON object"));
-        assert!(parse_request(br#"{"method":"io.qmhotplug.Explode"}"#).unwrap_err().starts_with("this is no request"));
-        assert!(parse_request(b"[]").is_err());
-    }
-
-    proptest! {
-        #[test]
-        fn no_request_panics(text in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = parse_request(&text);
-        }
-    }
-}
+#[path = "protocol_tests.rs"]
+mod tests;

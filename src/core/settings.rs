@@ -6,9 +6,10 @@ use std::sync::Arc;
 use toml::Spanned;
 
 use crate::core::category::Categories;
-use crate::core::config::{ConfigFile, ContainerConfig, PolicyConfig, Wrong, line_of};
+use crate::core::config::{ConfigFile, ContainerConfig, IdConfig, OperatorConfig, PolicyConfig, Wrong, line_of};
 use crate::core::glob::Glob;
 use crate::core::grammar::{Author, SyntaxError, selection, selector};
+use crate::core::operator::{Id, Operator, Who};
 use crate::core::policy::{NamePattern, Place, Policies, Policy, Subject};
 use crate::core::rule::Rule;
 use crate::core::selection::Selection;
@@ -23,6 +24,8 @@ pub struct Settings {
     pub policies: Policies,
     /// Ordinary users whose containers are looked for.
     pub users: BTreeSet<u32>,
+    /// Who beside root may attach and detach.
+    pub operators: Vec<Operator>,
     containers: Vec<ContainerTable>,
 }
 
@@ -99,6 +102,9 @@ impl Settings {
         for config in &parsed.file.container {
             self.containers.push(container(config, &self.categories, parsed.text)?);
         }
+        for config in &parsed.file.operator {
+            self.operators.push(operator(config, &self.categories, parsed.text)?);
+        }
         Ok(())
     }
 
@@ -112,6 +118,25 @@ impl Settings {
     pub fn has_rules(&self) -> bool {
         !self.containers.is_empty()
     }
+}
+
+fn operator(config: &Spanned<OperatorConfig>, categories: &Categories, text: &str) -> Result<Operator, Wrong> {
+    let table = config.get_ref();
+    let id = |config: &IdConfig| match config {
+        IdConfig::Number(number) => Id::Number(*number),
+        IdConfig::Name(name) => Id::Name(name.clone()),
+    };
+    let who = match (&table.user, &table.group) {
+        (Some(user), None) => Who::User(id(user)),
+        (None, Some(group)) => Who::Group(id(group)),
+        _ => return Err(Wrong::of(config, "an operator is a user or a group: write one of them")),
+    };
+    let read = |string: &Spanned<String>| selector(string.get_ref(), categories).map_err(wrong_in(text, string));
+    Ok(Operator {
+        who,
+        container: table.container.as_ref().map(|string| name_pattern(string, text)).transpose()?,
+        allow: table.allow.iter().map(read).collect::<Result<_, _>>()?,
+    })
 }
 
 fn policy(

@@ -3,6 +3,7 @@
 use super::*;
 use crate::core::facts::Facts;
 use crate::core::facts::tests::{bench, of_bench};
+use crate::core::operator::Caller;
 
 fn settings(files: &[&str]) -> (Settings, Vec<String>) {
     let files = files.iter().enumerate().map(|(at, text)| (format!("/etc/{at}.toml"), Ok((*text).to_owned())));
@@ -216,5 +217,47 @@ fn a_user_cannot_take_a_name_that_gets_something() {
         let its = Subject { names, owner: 1000, is_users: true, ..subject("") };
         assert_eq!(settings.rules_for(&its).len(), usize::from(is_given), "{pattern}");
         assert_eq!(settings.policies.bounds(&its).refusal(&facts).is_some(), is_bound, "{pattern}");
+    }
+}
+
+#[test]
+fn operators_may_what_is_written() {
+    let (settings, problems) =
+        settings(&["[[operator]]\nuser = 'ann'\ncontainer = 'cam-*'\nallow = ['devname=/dev/ttyUSB1']\n\
+         [[operator]]\ngroup = 44\nallow = ['hidraw']"]);
+    assert_eq!(problems, [""; 0]);
+    let tree = bench();
+    for (uid, name, groups, container, node, expected) in [
+        (7, "ann", &[][..], "cam-1", Some("/dev/ttyUSB1"), true),
+        (7, "ann", &[], "cam-1", Some("/dev/hidraw0"), false),
+        (7, "ann", &[], "web", Some("/dev/ttyUSB1"), false),
+        (7, "bob", &[], "cam-1", Some("/dev/ttyUSB1"), false),
+        (7, "bob", &[44], "web", Some("/dev/hidraw0"), true),
+        (44, "bob", &[45], "web", Some("/dev/hidraw0"), false),
+        // What is gone may be taken back.
+        (7, "ann", &[], "cam-1", None, true),
+        (7, "ann", &[], "web", None, false),
+    ] {
+        let groups = groups.iter().map(|gid| (*gid, None)).collect();
+        let caller = Caller { uid, name: Some(name.to_owned()), groups };
+        let facts = node.map(|node| Facts::new(of_bench(&tree, node), &tree));
+        let may = settings.operators.iter().any(|its| its.may(&caller, &subject(container), facts.as_ref()));
+        assert_eq!(may, expected, "{name} {container} {node:?}");
+        // A user's container is nobody's, whatever name he gave it.
+        let users = Subject { is_users: true, owner: 1000, ..subject(container) };
+        assert!(!settings.operators.iter().any(|its| its.may(&caller, &users, facts.as_ref())));
+    }
+}
+
+#[test]
+fn an_operator_is_a_user_or_a_group() {
+    for (text, problem) in [
+        ("[[operator]]\nallow = []", "/etc/0.toml:1:1: an operator is a user or a group"),
+        ("[[operator]]\nuser = 1\ngroup = 2\nallow = []", "/etc/0.toml:1:1: an operator is a user or a group"),
+        ("[[operator]]\nuser = 1", "missing field `allow`"),
+        ("[[operator]]\nuser = 1\nallow = ['bad=']", "/etc/0.toml:3:"),
+    ] {
+        let (_, problems) = settings(&[text]);
+        assert!(problems.len() == 1 && problems[0].contains(problem), "{text}: {problems:?}");
     }
 }

@@ -4,17 +4,14 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use serde::Serialize;
-
 use crate::config;
 use crate::core::annotation::{obstacle, rule, whole};
 use crate::core::category::Categories;
 use crate::core::container::{Container, Reference};
 use crate::core::device::{Access, Device, Kind, Number};
-use crate::core::explanation::{
-    Alone, Ask, Explanation, Filter, Granted, Judged, Situation, explain as put_into_words,
-};
+use crate::core::explanation::{Alone, Ask, Filter, Granted, Judged, Situation, explain as put_into_words};
 use crate::core::facts::Facts;
+use crate::core::info::Explained;
 use crate::core::ledger::{Entry, Grant, Origin};
 use crate::core::proof::{Answer, Subject};
 use crate::core::rule::Rule;
@@ -35,28 +32,6 @@ use crate::sys::sysfs::KernelSysfs;
 
 /// What the names of all our programs begin with.
 const OURS: &str = "qmhp_";
-
-/// The explanation of one device in one container. The field names are stable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Explained {
-    /// Name of the container, or its id where it has none.
-    pub container: String,
-    /// Its id.
-    pub id: String,
-    /// The device's node on the host.
-    pub device: String,
-    /// `char` or `block`.
-    pub kind: Kind,
-    /// Major number.
-    pub major: u32,
-    /// Minor number.
-    pub minor: u32,
-    /// Where its node is or would be inside.
-    pub path: String,
-    /// Findings and advice.
-    #[serde(flatten)]
-    pub explanation: Explanation,
-}
 
 /// Explains `device`, an absolute path on the host or inside. `agent` says whether one runs.
 pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) -> Result<Explained> {

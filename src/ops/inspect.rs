@@ -128,13 +128,16 @@ impl NodeFd {
     }
 }
 
+/// Whether the entry is of this run of the container.
+pub(super) fn is_of(entry: &Entry, container: &Container) -> bool {
+    let holder = &entry.grant.holder;
+    (&holder.id, holder.pid, holder.start_time) == (&container.id, container.pid, container.start_time)
+}
+
 /// The entries of this run of the container.
-pub(super) fn of_container(entries: Vec<Entry>, container: &Container) -> Vec<Entry> {
-    let is_its = |entry: &Entry| {
-        let holder = &entry.grant.holder;
-        (&holder.id, holder.pid, holder.start_time) == (&container.id, container.pid, container.start_time)
-    };
-    entries.into_iter().filter(is_its).collect()
+pub(super) fn of_container(mut entries: Vec<Entry>, container: &Container) -> Vec<Entry> {
+    entries.retain(|entry| is_of(entry, container));
+    entries
 }
 
 /// A grant, with its device while that is plugged in.

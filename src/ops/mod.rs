@@ -1,6 +1,8 @@
 //! Carries out changes: the steps of [`crate::core::plan`] on the kernel and on the ledger. What fails is taken back.
 
 mod agreement;
+pub mod containers;
+pub mod devices;
 pub mod explain;
 mod files;
 mod inspect;

@@ -6,15 +6,17 @@ use crate::config;
 use crate::core::attachment::{Attached, Attachment, Lasting};
 use crate::core::container::{Container, Reference};
 use crate::core::destination;
-use crate::core::device::Device;
+use crate::core::device::{Access, Device};
 use crate::core::facts::Facts;
+use crate::core::info::{GrantInfo, StatusInfo, right};
 use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin};
 use crate::core::mirror::Wish;
 use crate::core::plan::Change;
-use crate::core::protocol::{Attach, Detach, GrantInfo, List, Persist, StatusInfo, right};
+use crate::core::protocol::{Attach, Detach, List, Persist};
 use crate::core::selection::{Group, Options};
 use crate::error::{Error, Result};
 use crate::ops::Executor;
+use crate::ops::inspect::is_of;
 use crate::ops::live::{hold, lookup};
 use crate::ops::persist::Persisted;
 use crate::ops::store::Store;
@@ -28,8 +30,9 @@ use crate::sys::udev;
 /// Gives a container a device. Asking again for the same changes nothing.
 pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attach) -> Result<GrantInfo> {
     let reference = Reference::parse(&request.container).map_err(Error::Usage)?;
-    let path = destination::check(&request.destination)
-        .map_err(|reason| Error::BadDestination { path: request.destination.clone(), reason })?;
+    let destination = request.destination.as_deref().unwrap_or(&request.device);
+    let path = destination::check(destination)
+        .map_err(|reason| Error::BadDestination { path: destination.to_owned(), reason })?;
     // The command line checks this too; a program that talks to the agent's socket may not.
     if let Some(mode) = request.mode.filter(|mode| *mode > 0o777) {
         return Err(Error::Usage(format!("mode {mode:o} is more than permission bits: give at most 777")));
@@ -61,7 +64,7 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
     let grant = Grant {
         holder,
         device: Granted::from(&device),
-        access: request.access,
+        access: request.access.unwrap_or(Access::ALL),
         node,
         origin: if lasting.is_some() { Origin::Persist } else { Origin::Manual },
         at_start: false,
@@ -132,7 +135,7 @@ fn for_good(
         .ok_or_else(|| refuse("a process has no name that outlives it: name a container for --persist".into()))?;
     let options = Options {
         path: Some(node.path.clone()),
-        access: Some(request.access),
+        access: request.access,
         mode: request.mode,
         uid: request.uid,
         gid: request.gid.map(Group::Number),
@@ -149,6 +152,22 @@ fn at_path<'a>(ledger: &'a Store, holder: &Holder, path: &str) -> Option<&'a Ent
     ledger.of(&holder.id).find(|entry| entry.grant.holder.is_same_run(holder) && entry.grant.node.path == path)
 }
 
+/// The grants of this run of the container that `device` stands for: the one with that path inside, else every one of
+/// that device of the host.
+pub fn meant(ledger: &Store, container: &Container, device: &str) -> Vec<Entry> {
+    let path = destination::check(device).unwrap_or_else(|_| device.to_owned());
+    let all = || ledger.of(&container.id).filter(|entry| is_of(entry, container));
+    let at_path: Vec<Entry> = all().filter(|entry| entry.grant.node.path == path).cloned().collect();
+    if !at_path.is_empty() {
+        return at_path;
+    }
+    // The device may be named by any link to it, and may be unplugged already.
+    let identity = udev::by_path(device).ok().map(|device| device.identity);
+    let names =
+        |entry: &&Entry| entry.grant.device.node == device || Some(&entry.grant.device.identity) == identity.as_ref();
+    all().filter(names).cloned().collect()
+}
+
 /// Takes devices back: the grant with that path inside, else every grant of that device. The note of each says who in
 /// the container has it open still.
 ///
@@ -160,26 +179,15 @@ pub fn detach(
     agent: bool,
 ) -> Result<Vec<GrantInfo>> {
     let reference = Reference::parse(&request.container).map_err(Error::Usage)?;
-    let path = destination::check(&request.device).unwrap_or_else(|_| request.device.clone());
     let container = match lookup(containers, &reference) {
         // What was attached for good is there also while it does not run.
         Err(Error::NoSuchContainer(_)) if executor.persisted.named(&reference, None).is_some() => None,
         container => Some(container?),
     };
-    let of_container = |entry: &&Entry| {
-        let Holder { id, pid, start_time, .. } = &entry.grant.holder;
-        container.as_ref().is_some_and(|its| (id, *pid, *start_time) == (&its.id, its.pid, its.start_time))
+    let matching = match &container {
+        Some(container) => meant(&executor.ledger, container, &request.device),
+        None => Vec::new(),
     };
-    let all: Vec<Entry> = executor.ledger.entries().filter(of_container).cloned().collect();
-    let mut matching: Vec<Entry> = all.iter().filter(|entry| entry.grant.node.path == path).cloned().collect();
-    if matching.is_empty() {
-        // The device may be named by any link to it, and may be unplugged already.
-        let identity = udev::by_path(&request.device).ok().map(|device| device.identity);
-        let names = |entry: &&Entry| {
-            entry.grant.device.node == request.device || Some(&entry.grant.device.identity) == identity.as_ref()
-        };
-        matching = all.iter().filter(names).cloned().collect();
-    }
     let attached = executor.persisted.named(&reference, container.as_ref()).cloned();
     let is_matching = |path: &String| matching.iter().any(|entry| entry.grant.node.path == *path);
     let struck = attached.iter().flat_map(|it| &it.devices);

@@ -2,10 +2,8 @@
 
 use std::path::Path;
 
-use serde::Serialize;
-
 use crate::core::container::{Container, Reference};
-use crate::core::device::{Access, Kind};
+use crate::core::info::Proven;
 use crate::core::ledger::Entry;
 use crate::core::proof::{Proof, judge};
 use crate::error::{Error, Result};
@@ -15,37 +13,6 @@ use crate::ops::live::lookup;
 use crate::ops::store::{self, Store};
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::host::require_fitness;
-
-/// How one device went. The field names are stable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Proven {
-    /// Name of the container, or its id where it has none.
-    pub container: String,
-    /// Its id.
-    pub id: String,
-    /// Path of the node inside.
-    pub path: String,
-    /// The device's node on the host.
-    pub device: String,
-    /// `char` or `block`.
-    pub kind: Kind,
-    /// Major number.
-    pub major: u32,
-    /// Minor number.
-    pub minor: u32,
-    /// What was asked for: what is granted of reading and writing, or both where nothing is.
-    pub access: Access,
-    /// Whether the user that init is can open it; `null` where only mknod is granted, which is not tried.
-    pub accessible: Option<bool>,
-    /// What open(2) answers, or would: 0 where it succeeds; `null` where it would open something else.
-    pub errno: Option<i32>,
-    /// Why it is not accessible.
-    pub reason: Option<String>,
-    /// Whether it was really opened.
-    pub opened: bool,
-    #[serde(skip)]
-    code: u8,
-}
 
 /// Asks about `device`, an absolute path on the host or inside, or about all that the container was granted.
 pub fn verify(containers: &[Container], container: &str, device: Option<&str>, open: bool) -> Result<Vec<Proven>> {

@@ -1,5 +1,6 @@
 //! The kernel's edge: every system call and all the `unsafe` of this crate.
 
+pub mod activation;
 pub mod arrival;
 mod asker;
 pub mod block;

@@ -10,10 +10,12 @@ use crate::vm::{SECONDS_10, Vm};
 
 pub(crate) const CASES: &[Case] = &[("install::service_hook_and_removal", service_hook_and_removal)];
 
-const FILES: [&str; 3] = [
+const FILES: [&str; 5] = [
     "/usr/bin/qm-hotplug",
     "/usr/share/containers/oci/hooks.d/qm-hotplug.json",
     "/usr/lib/systemd/system/qm-hotplug.service",
+    "/usr/lib/systemd/system/qm-hotplug.socket",
+    "/usr/lib/sysusers.d/qm-hotplug.conf",
 ];
 
 /// The installation; uninstalled on drop.

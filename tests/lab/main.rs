@@ -37,6 +37,7 @@ mod selinux;
 mod smoke;
 mod soak;
 mod survive;
+mod varlink;
 mod vm;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -75,6 +76,8 @@ fn cases() -> impl Iterator<Item = Case> {
         hook::CASES,
         in_bookworm(enable::CASES),
         in_bookworm(seat::CASES),
+        // Bookworm's systemd has no client for it.
+        in_trixie(varlink::CASES),
         in_trixie(select::CASES),
         in_trixie(select_options::CASES),
         in_trixie(select_ask::CASES),

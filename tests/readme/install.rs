@@ -22,6 +22,10 @@ pub(crate) fn installed_files_carry_their_prefix() {
     assert_eq!(std::fs::read(hook).unwrap(), std::fs::read("hooks/qm-hotplug.json").unwrap());
     let unit = std::fs::read_to_string(at("usr/lib/systemd/system/qm-hotplug.service")).unwrap();
     assert!(unit.contains("\nExecStart=/usr/bin/qm-hotplug agent\n"));
+    let same =
+        |installed: &str, ours: &str| assert_eq!(std::fs::read(at(installed)).unwrap(), std::fs::read(ours).unwrap());
+    same("usr/lib/systemd/system/qm-hotplug.socket", "units/qm-hotplug.socket");
+    same("usr/lib/sysusers.d/qm-hotplug.conf", "units/qm-hotplug.sysusers");
     for _ in 0..2 {
         install(&["--destdir", destdir, "--uninstall"]).ok();
     }

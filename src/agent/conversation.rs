@@ -1,0 +1,205 @@
+//! One who calls at the agent's socket: requests in, answers out.
+
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use crate::agent::api::{Call, Peer};
+use crate::agent::monitors::Monitors;
+use crate::core::event::Event;
+use crate::core::protocol::{Bad, Incoming, Reply, Request, frame, parse_request};
+use crate::core::text::excerpt;
+use crate::error::Result;
+use crate::ops::containers::containers;
+use crate::ops::devices::devices;
+use crate::ops::explain::explain;
+use crate::ops::verify::verify;
+use crate::runtime;
+
+/// The longest request that is read.
+const LONGEST: usize = 64 * 1024;
+/// How long a caller may take for the rest of a request, and for taking an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Serves one caller until he hangs up, sends what is no request or something too long, or takes too long for it.
+pub(super) async fn lead(mut stream: UnixStream, peer: Peer, calls: mpsc::Sender<Call>, monitors: Monitors) {
+    let (mut pending, mut searched, mut buffer) = (Vec::new(), 0, [0; 4096]);
+    loop {
+        while let Some(end) = pending[searched..].iter().position(|byte| *byte == 0).map(|at| searched + at) {
+            let message: Vec<u8> = pending.drain(..=end).collect();
+            searched = 0;
+            let Some((reply, events)) = answer(&message[..end], peer, &calls, &monitors).await else { return };
+            let Some(reply) = reply else { continue };
+            if !write(&mut stream, &reply).await {
+                return;
+            }
+            if let Some(events) = events {
+                return tell(stream, events, reply, calls).await;
+            }
+        }
+        searched = pending.len();
+        if searched > LONGEST {
+            return refuse(peer, &format!("a request may have {LONGEST} bytes at most"));
+        }
+        let read = async {
+            let read = stream.read(&mut buffer);
+            // One who asks for nothing may stay.
+            if searched == 0 { Ok(read.await) } else { timeout(PATIENCE, read).await }
+        };
+        tokio::select! {
+            biased;
+            read = read => match read {
+                Ok(Ok(length @ 1..)) => pending.extend_from_slice(&buffer[..length]),
+                Ok(_) => return,
+                Err(_) => return refuse(peer, "the rest of a request did not come"),
+            },
+            // Nobody takes requests any more, and what was asked for until now is answered.
+            () = calls.closed() => return,
+        }
+    }
+}
+
+/// Why nobody listens to this caller any more.
+fn refuse(peer: Peer, reason: &str) {
+    tracing::info!("uid {} (pid {}) is hung up on: {}", peer.uid, peer.pid, excerpt(reason));
+}
+
+/// Whether he took it in time.
+async fn write(stream: &mut UnixStream, reply: &Reply) -> bool {
+    matches!(timeout(PATIENCE, stream.write_all(&frame(reply))).await, Ok(Ok(())))
+}
+
+type Answer = (Option<Reply>, Option<broadcast::Receiver<Event>>);
+
+/// The answer, if the caller takes one, and what follows it where that is a stream; `None` where he is to be hung up on.
+async fn answer(message: &[u8], peer: Peer, calls: &mpsc::Sender<Call>, monitors: &Monitors) -> Option<Answer> {
+    let Incoming { request, oneway, .. } = match parse_request(message) {
+        Ok(incoming) => incoming,
+        Err(Bad::Refused(reply)) => return Some((reply, None)),
+        Err(Bad::NoMessage(reason)) => {
+            refuse(peer, &reason);
+            return None;
+        }
+    };
+    // Subscribed before the answer says so.
+    let events = matches!(request, Request::Monitor(_)).then(|| monitors.subscribe());
+    let reply = match request {
+        Request::GetInfo(_) => Reply::info(),
+        Request::GetInterfaceDescription(request) => Reply::description(&request),
+        Request::Verify(request) if request.open == Some(true) && peer.uid != 0 => Reply::denied(),
+        // Looking takes as long as the container's file systems do.
+        Request::Devices(_) | Request::Containers(_) | Request::Explain(_) | Request::Verify(_) => {
+            spawn_blocking(move || look(request)).await.unwrap_or_else(|_| Reply::bad(1, "looking for that failed"))
+        }
+        request => {
+            let (answer, reply) = oneshot::channel();
+            let sent = calls.send(Call { request, peer, answer }).await.is_ok();
+            let stopping = || Reply::bad(1, "the agent is stopping: ask again once it runs, or once it is gone");
+            if sent { reply.await.unwrap_or_else(|_| stopping()) } else { stopping() }
+        }
+    };
+    let events = events.filter(|_| reply.error.is_none());
+    let reply = if events.is_some() { reply.continued() } else { reply };
+    Some(((!oneway).then_some(reply), events))
+}
+
+/// What the agent need not know: the host is looked at anew.
+fn look(request: Request) -> Reply {
+    let found = || -> Result<Reply> {
+        Ok(Reply::good(match request {
+            Request::Devices(request) => json!({ "devices": devices(request.selector.as_deref())? }),
+            Request::Containers(_) => json!({ "containers": containers(runtime::scan())? }),
+            Request::Explain(its) => {
+                json!({ "explanation": explain(&runtime::scan(), &its.container, &its.device, true)? })
+            }
+            Request::Verify(its) => {
+                let open = its.open.unwrap_or_default();
+                json!({ "proofs": verify(&runtime::scan(), &its.container, its.device.as_deref(), open)? })
+            }
+            _ => unreachable!("others are the loop's"),
+        }))
+    };
+    found().unwrap_or_else(|error| Reply::bad(error.exit_code(), &error.chain()))
+}
+
+/// Hands on events until the caller hangs up. One that reads slowly keeps nobody waiting: events that it has no room for
+/// are lost to it, and it is told how many.
+async fn tell(mut stream: UnixStream, mut events: broadcast::Receiver<Event>, ready: Reply, calls: mpsc::Sender<Call>) {
+    let only = match serde_json::from_value(ready.parameters) {
+        Ok(Event::Ready { container: Some(container), id: Some(id) }) => Some((container, id)),
+        _ => None,
+    };
+    let mut buffer = [0; 256];
+    loop {
+        let event = tokio::select! {
+            event = events.recv() => match event {
+                Ok(event) => event,
+                Err(RecvError::Lagged(count)) => Event::Lost { count },
+                Err(RecvError::Closed) => return,
+            },
+            // It has nothing more to say.
+            read = stream.read(&mut buffer) => match read {
+                Ok(0) | Err(_) => return,
+                Ok(_) => continue,
+            },
+            () = calls.closed() => return,
+        };
+        if only.as_ref().is_none_or(|(container, id)| event.concerns(container, id))
+            && stream.write_all(&frame(&Reply::good(event).continued())).await.is_err()
+        {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::event::Changed;
+
+    /// One that does not read keeps nobody waiting, and learns how much it has missed.
+    #[test]
+    fn a_slow_monitor_loses_events_and_is_told_how_many() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            const ALL: u64 = 20_000;
+            let (ours, mut its) = UnixStream::pair().unwrap();
+            let monitors = Monitors::new();
+            let ready = Reply::good(Event::Ready { container: None, id: None });
+            let (calls, _taken) = mpsc::channel(1);
+            let telling = tokio::spawn(tell(ours, monitors.subscribe(), ready, calls));
+            let event = |count| {
+                let (container, id, device, path, origin) = Default::default();
+                Event::Granted(Changed { container, id, device, path, origin, micros: Some(count) })
+            };
+            for count in 0..ALL {
+                monitors.tell(|| event(count));
+                tokio::task::yield_now().await;
+            }
+            drop(monitors);
+            let mut text = Vec::new();
+            its.read_to_end(&mut text).await.unwrap();
+            telling.await.unwrap();
+            let (mut next, mut lost) = (0, 0);
+            for message in text.split(|byte| *byte == 0).filter(|message| !message.is_empty()) {
+                let reply: Reply = serde_json::from_slice(message).unwrap();
+                assert!(reply.continues);
+                match serde_json::from_value(reply.parameters).unwrap() {
+                    Event::Lost { count } => (lost, next) = (lost + count, next + count),
+                    told => {
+                        assert_eq!(told, event(next));
+                        next += 1;
+                    }
+                }
+            }
+            assert_eq!(next, ALL);
+            assert!(lost > ALL / 2, "{lost}");
+        });
+    }
+}
