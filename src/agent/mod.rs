@@ -18,7 +18,7 @@ mod users;
 mod watch;
 mod withdrawals;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -208,6 +208,7 @@ fn reload(
 
 /// Compares everything.
 fn compare(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusals) {
+    registry.figures.borrow_mut().compared += 1;
     reconcile::everything(executor, registry);
     refusals.renew(executor, registry);
 }
@@ -224,6 +225,9 @@ fn at_hand(first: News, news: &mut mpsc::Receiver<News>) -> Vec<News> {
 }
 
 fn hear(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusals, News { at, what }: News) {
+    if matches!(what, What::Plugged(..) | What::Appeared(_) | What::Unplugged(_)) {
+        registry.figures.borrow_mut().seen += 1;
+    }
     match what {
         What::Plugged(device, told) => reconcile::plugged(executor, registry, *device, &told, at),
         What::Appeared(device) => early::appeared(executor, registry, *device, at),
@@ -266,6 +270,7 @@ fn lost(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusal
         return;
     }
     tracing::warn!("events were lost: comparing everything");
+    registry.figures.borrow_mut().lost += 1;
     let started = Instant::now();
     compare(executor, registry, refusals);
     registry.compared = Compared { started, took: started.elapsed(), is_due: false };
@@ -335,7 +340,21 @@ fn carry_out(executor: &mut Executor, registry: &Registry, call: &Call) -> Resul
         Request::Status(_) => {
             let grants = executor.ledger.count();
             let status = request::status(&executor.cgroups, containers.len(), grants, Some(events_from()))?;
-            Ok(Reply::good(StatusInfo { configuration: registry.problems.clone(), ..status }))
+            let figures = registry.figures.borrow();
+            let mut of_container = BTreeMap::new();
+            for entry in executor.ledger.entries() {
+                *of_container.entry(entry.grant.holder.label().to_owned()).or_default() += 1;
+            }
+            Ok(Reply::good(StatusInfo {
+                configuration: registry.problems.clone(),
+                uptime: Some(registry.since.elapsed().as_secs()),
+                seen: figures.seen,
+                lost: figures.lost,
+                compared: figures.compared,
+                latency: figures.latency(),
+                of_container,
+                ..status
+            }))
         }
         Request::Monitor(Monitor { container: None }) => Ok(Reply::good(Event::Ready { container: None, id: None })),
         Request::Monitor(Monitor { container: Some(name) }) => {

@@ -338,6 +338,7 @@ pub(super) fn carry_out(
                 match change {
                     Change::Add(grant) => {
                         registry.follow(&executor.cgroups, &grant.holder);
+                        micros.iter().for_each(|micros| registry.figures.borrow_mut().granted(*micros));
                         registry.monitors.tell(|| {
                             let (grant, placement) = (grant.clone(), placement.clone());
                             Event::Granted(Changed::new(&Entry { grant, placement, left_over: None }, micros))

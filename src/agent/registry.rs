@@ -16,6 +16,7 @@ use crate::core::category::Categories;
 use crate::core::container::Container;
 use crate::core::device::Device;
 use crate::core::facts::Facts;
+use crate::core::figures::Figures;
 use crate::core::ledger::{Grant, Holder};
 use crate::core::matcher::Asking;
 use crate::core::policy::Bounds;
@@ -130,6 +131,10 @@ pub(super) struct Registry {
     /// Ids of the cgroups that are watched, those of containers with grants.
     cgroups: BTreeSet<u64>,
     settings: Settings,
+    /// When this began.
+    pub(super) since: Instant,
+    /// What was worked through since then.
+    pub(super) figures: RefCell<Figures>,
     /// What is wrong with the configuration, as it is written now.
     pub(super) problems: Vec<String>,
     /// What was attached for good.
@@ -163,6 +168,8 @@ impl Registry {
             others: HashMap::new(),
             cgroups: BTreeSet::new(),
             settings,
+            since: Instant::now(),
+            figures: RefCell::default(),
             problems,
             attached: attached.to_vec(),
             said: Said::default(),

@@ -1,8 +1,9 @@
 //! What a person or a program reads on stdout.
 
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
+use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 
 use crate::core::text::{is_printable, printable};
@@ -28,19 +29,49 @@ fn json_text(value: &impl Serialize) -> String {
     })
 }
 
-/// Columns as wide as their widest cell; the last one is not padded.
+/// Columns as wide as their widest cell. On a terminal they are made to fit its width, and the header is bold, unless
+/// `NO_COLOR` is set (no-color.org).
 pub(super) fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Result<()> {
     let mut lines = vec![header.iter().map(|cell| (*cell).to_owned()).collect::<Vec<_>>()];
     lines.extend(rows.map(|row| row.iter().map(|cell| printable(cell)).collect()));
-    let width = |column: usize| lines.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..header.len()).map(width).collect();
-    let mut text = String::new();
-    for row in &lines {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
-        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
-        text.push('\n');
+    let is_terminal = io::stdout().is_terminal();
+    let width = is_terminal.then(|| tcgetwinsize(io::stdout()).ok()).flatten().map(|size| usize::from(size.ws_col));
+    let mut text = lay_out(&lines, width.filter(|width| *width > 0));
+    if is_terminal
+        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        && let Some(end) = text.find('\n')
+    {
+        text.insert_str(end, "\x1b[0m");
+        text.insert_str(0, "\x1b[1m");
     }
     write(&text)
+}
+
+/// What stands between two columns.
+const GAP: usize = 2;
+/// No column is cut to less.
+const NARROW: usize = 8;
+
+/// The lines in columns; the last one is not padded. Where that is wider than `most`, the widest columns are cut.
+fn lay_out(lines: &[Vec<String>], most: Option<usize>) -> String {
+    let columns = lines.first().map_or(0, Vec::len);
+    let width = |column: usize| lines.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let mut widths: Vec<usize> = (0..columns).map(width).collect();
+    while most.is_some_and(|most| widths.iter().sum::<usize>() + GAP * columns.saturating_sub(1) > most)
+        && let Some(widest) = widths.iter_mut().max().filter(|widest| **widest > NARROW)
+    {
+        *widest -= 1;
+    }
+    let mut text = String::new();
+    for row in lines {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| match cell.chars().count() > *width {
+            true => cell.chars().take(width - 1).chain(['…']).collect(),
+            false => format!("{cell:<width$}"),
+        });
+        text.push_str(cells.collect::<Vec<_>>().join(&" ".repeat(GAP)).trim_end());
+        text.push('\n');
+    }
+    text
 }
 
 /// One line of many, as JSON or as text; `false` when nobody reads them any more.
@@ -58,5 +89,33 @@ fn try_write(text: &str) -> Result<bool> {
     match io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
         result => result.map(|()| true).map_err(Error::host("write to stdout")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(rows: &[&[&str]]) -> Vec<Vec<String>> {
+        rows.iter().map(|row| row.iter().map(|cell| (*cell).to_owned()).collect()).collect()
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_they_must_be() {
+        let rows = lines(&[&["NAME", "DEVICE"], &["wéb", "/dev/ttyUSB0"], &["database", ""]]);
+        assert_eq!(lay_out(&rows, None), "NAME      DEVICE\nwéb       /dev/ttyUSB0\ndatabase\n");
+        assert_eq!(lay_out(&rows, Some(22)), lay_out(&rows, None), "it fits");
+        assert_eq!(lay_out(&[], Some(80)), "");
+    }
+
+    #[test]
+    fn the_widest_are_cut_to_fit() {
+        let rows = lines(&[&["A", "B", "C"], &["x", "0123456789abcdef", "0123456789"]]);
+        assert_eq!(lay_out(&rows, Some(25)), "A  B           C\nx  012345678…  0123456789\n");
+        for width in 0..40 {
+            let text = lay_out(&rows, Some(width));
+            let longest = text.lines().map(|line| line.chars().count()).max().unwrap();
+            assert!(longest <= width.max(1 + 2 + NARROW + 2 + NARROW), "{width}: {text}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 use crate::agent::client;
 use crate::cli::output;
 use crate::config;
+use crate::core::figures::Latency;
 use crate::core::info::StatusInfo;
 use crate::core::protocol::{Nothing, Request};
 use crate::error::Result;
@@ -50,20 +51,52 @@ fn lines(status: &StatusInfo) -> Vec<String> {
         }
         (other, _) => other.to_owned(),
     };
-    let agent = if status.agent { format!("running, version {}", status.version) } else { "not running".into() };
+    let agent = match status.uptime {
+        Some(seconds) => format!("running for {}, version {}", span(seconds), status.version),
+        None if status.agent => format!("running, version {}", status.version),
+        None => "not running".to_owned(),
+    };
+    let events = match (status.agent, status.lost) {
+        (false, _) => status.events.clone(),
+        (true, 0) => format!("{}, {} since then, none lost", status.events, status.seen),
+        (true, lost) => {
+            let (seen, compared) = (status.seen, status.compared);
+            format!("{}, {seen} since then, some lost {lost} times; all compared {compared} times", status.events)
+        }
+    };
+    let grants = match &*status.of_container.iter().map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>() {
+        [] => status.grants.to_string(),
+        all => format!("{}: {}", status.grants, all.join(", ")),
+    };
     let configuration = match (&*status.configuration, status.agent) {
         ([], _) => "read".to_owned(),
         (problems, true) => format!("not in force as it is written: {}", problems.join("; ")),
         (problems, false) => problems.join("; "),
     };
-    vec![
+    let mut lines = vec![
         format!("agent:      {agent}"),
-        format!("events:     {}", status.events),
+        format!("events:     {events}"),
         format!("filter:     {filter}"),
         format!("entries:    {}", status.entries),
         format!("withdrawn:  {}", status.withdrawn),
         format!("containers: {}", status.containers),
-        format!("grants:     {}", status.grants),
+        format!("grants:     {grants}"),
         format!("config:     {configuration}"),
-    ]
+    ];
+    if let Some(Latency { count, p50, p90, p99, most }) = status.latency {
+        let times = format!("{p50} µs median, {p90} 90 %, {p99} 99 %, {most} at most");
+        lines.push(format!("granted:    {times} after the event, of the last {count}"));
+    }
+    lines
+}
+
+/// A time as a person says it: two units at most.
+fn span(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds} s"),
+        (0, 0, _) => format!("{minutes} min"),
+        (0, _, _) => format!("{hours} h {} min", minutes % 60),
+        _ => format!("{days} d {} h", hours % 24),
+    }
 }

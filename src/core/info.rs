@@ -1,10 +1,13 @@
 //! What people and programs are told of grants, devices, containers and the agent. The field names are stable;
 //! `io.qmhotplug.varlink` has them all.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::core::device::{Access, Kind};
 use crate::core::explanation::Explanation;
+use crate::core::figures::Latency;
 use crate::core::ledger::{Entry, Origin, Placement};
 
 /// A grant as it is told to people and programs. The field names are stable.
@@ -116,6 +119,24 @@ pub struct StatusInfo {
     /// What is wrong with the configuration, each `FILE:LINE:COLUMN: REASON`: it was refused, or files were passed over.
     #[serde(default)]
     pub configuration: Vec<String>,
+    /// For how many seconds the agent has run.
+    #[serde(default)]
+    pub uptime: Option<u64>,
+    /// Events of devices that it has worked through.
+    #[serde(default)]
+    pub seen: u64,
+    /// How often events were lost, since they came faster than they could be read.
+    #[serde(default)]
+    pub lost: u64,
+    /// How often everything was compared: at the start, after a loss, after a reload.
+    #[serde(default)]
+    pub compared: u64,
+    /// From hearing of an event to the grant, if there was one.
+    #[serde(default)]
+    pub latency: Option<Latency>,
+    /// Grants by container, of the agent.
+    #[serde(default)]
+    pub of_container: BTreeMap<String, usize>,
 }
 
 /// A device of the host, with what selectors can ask of it.

@@ -12,6 +12,7 @@ pub mod device;
 pub mod event;
 pub mod explanation;
 pub mod facts;
+pub mod figures;
 pub mod filter_program;
 pub mod flood;
 pub mod glob;

@@ -5,6 +5,7 @@ use super::*;
 use crate::core::device::Kind;
 use crate::core::event::{Changed, Event, Refused};
 use crate::core::explanation::{Explanation, Finding, Verdict};
+use crate::core::figures::Latency;
 use crate::core::info::{ContainerInfo, DeviceInfo, Explained, Proven, StatusInfo};
 
 fn parsed(text: &str) -> Request {
@@ -167,6 +168,12 @@ fn every_answer_is_as_it_is_described() {
         grants: 1,
         events: "udev".into(),
         configuration: vec!["x".into()],
+        uptime: Some(1),
+        seen: 1,
+        lost: 1,
+        compared: 1,
+        latency: Some(Latency { count: 1, p50: 1, p90: 1, p99: 1, most: 1 }),
+        of_container: [("web".to_owned(), 1)].into(),
     };
     let found = DeviceInfo {
         device: device.clone(),

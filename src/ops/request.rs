@@ -1,6 +1,7 @@
 //! What people ask for, done on the ledger and the kernel: the same with and without an agent.
 
 use std::cell::LazyCell;
+use std::collections::BTreeMap;
 
 use crate::config;
 use crate::core::attachment::{Attached, Attachment, Lasting};
@@ -358,5 +359,11 @@ pub fn status(cgroups: &CgroupRoot, containers: usize, grants: usize, events: Op
         grants,
         events: events.unwrap_or("none").to_owned(),
         configuration: Vec::new(),
+        uptime: None,
+        seen: 0,
+        lost: 0,
+        compared: 0,
+        latency: None,
+        of_container: BTreeMap::new(),
     })
 }

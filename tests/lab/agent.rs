@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 /// The transient unit.
 const UNIT: &str = "qmh-agent";
@@ -50,7 +50,7 @@ impl<'vm> Agent<'vm> {
     #[track_caller]
     pub(crate) fn kill(&self) {
         self.vm.ok(&format!("systemctl kill --signal=KILL {UNIT}"));
-        self.vm.wait_ok("the agent to be dead", SECONDS_10, &format!("! systemctl --quiet is-active {UNIT}"));
+        self.vm.wait_ok("the agent to be dead", SOON, &format!("! systemctl --quiet is-active {UNIT}"));
     }
 
     /// Prints how long after its event each grant was made and taken back, by the agent's own clock.

@@ -5,7 +5,7 @@ use crate::Case;
 use crate::agent::{Agent, grants_of, status};
 use crate::container::Container;
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("checkpoint::a_container_from_disk_has_what_it_asks_for", from_disk)];
 
@@ -18,12 +18,12 @@ fn from_disk(vm: &Vm) {
     container.wait_for("/dev/ttyUSB0");
     let first = container.pid;
     vm.ok("podman container checkpoint check");
-    vm.wait("its grants to go", SECONDS_10, |vm| (status(vm)["entries"] == 0).then_some(()));
+    vm.wait("its grants to go", SOON, |vm| (status(vm)["entries"] == 0).then_some(()));
     vm.ok("podman container restore check");
     container.look_again();
     assert_ne!(container.pid, first);
     container.wait_for("/dev/ttyUSB0");
-    vm.wait("its grant", SECONDS_10, |vm| (status(vm)["entries"] == 1).then_some(()));
+    vm.wait("its grant", SOON, |vm| (status(vm)["entries"] == 1).then_some(()));
     assert_eq!(container.open("/dev/ttyUSB0"), "opens");
     assert_eq!(grants_of(vm, "check"), [("/dev/ttyUSB0".into(), "rule:ttyUSB".into())]);
     // The node came back from disk; it goes with its device all the same.

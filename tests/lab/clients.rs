@@ -11,7 +11,7 @@ use crate::container::Container;
 use crate::debian::DebianRoot;
 use crate::hook::Packaged;
 use crate::plug::{FIRST_PLUG, plug_stick};
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("clients::unmodified_programs_notice", unmodified_programs_notice)];
 
@@ -245,7 +245,7 @@ fn unmodified_programs_notice(vm: &Vm) {
     vm.ok("udevadm settle");
     let is_gone = "! test -e /dev/ttyUSB0 && ! test -e /dev/video0 && ! test -e /dev/snd/controlC0";
     for container in &asking {
-        vm.wait_ok("all to go", SECONDS_10, &container.outside(&format!("sh -c '{is_gone}'")));
+        vm.wait_ok("all to go", SOON, &container.outside(&format!("sh -c '{is_gone}'")));
     }
     for container in &asking[..2] {
         let name = &container.name;
@@ -255,7 +255,7 @@ fn unmodified_programs_notice(vm: &Vm) {
     let on_host = host.events();
     for listener in [first, second] {
         let gone = format!("grep -q 'DEVICE_REMOVED.*USB Keyboard' {}", listener.file("libinput"));
-        vm.wait_ok("libinput to see the keyboard go", SECONDS_10, &gone);
+        vm.wait_ok("libinput to see the keyboard go", SOON, &gone);
         hear_what_the_host_hears(
             listener,
             &on_host,
@@ -300,7 +300,7 @@ fn replugged_at_once(vm: &Vm, agent: &Agent<'_>, listener: &Listeners<'_>) {
     let sound = plug();
     agent.pause(false);
     let heard = |count: usize| {
-        vm.wait("the card's events", SECONDS_10, |_| (of_card().len() >= before + count).then_some(()));
+        vm.wait("the card's events", SOON, |_| (of_card().len() >= before + count).then_some(()));
     };
     heard(3);
     sound.unplug();
@@ -327,7 +327,7 @@ fn shows_what_the_host_shows(vm: &Vm, asking: &[Container<'_>], deaf: &Container
     let exec = |container: &Container<'_>, command: &str| format!("podman exec {} {command}", container.name);
     let (by_udev, linked) = (sorted(vm.ok(info).lines()), vm.ok(links));
     for container in asking {
-        vm.wait_ok("the links", SECONDS_10, &container.outside("test -e /dev/serial/by-id"));
+        vm.wait_ok("the links", SOON, &container.outside("test -e /dev/serial/by-id"));
         assert_eq!(sorted(vm.ok(&exec(container, info)).lines()), by_udev, "{}", container.name);
         assert_eq!(vm.ok(&exec(container, links)), linked, "{}", container.name);
     }

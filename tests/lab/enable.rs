@@ -6,7 +6,7 @@ use crate::Case;
 use crate::container::Container;
 use crate::everything::{Node, nodes_of_host};
 use crate::hook::{LOG, Packaged, TUN, logged, nothing_else_opens};
-use crate::vm::{Plugged, SECONDS_10, Vm};
+use crate::vm::{Plugged, SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("enable::a_host_enables_categories", a_host_enables_categories)];
 
@@ -88,7 +88,7 @@ impl<'vm> Disks<'vm> {
 
         let loops = vm.ok(MAKE_LOOPS);
         let [free, mounted, parted, swap, held] = loops.lines().collect::<Vec<_>>()[..] else { panic!("{loops}") };
-        vm.wait_ok("the partition", SECONDS_10, &format!("test -b {parted}p1"));
+        vm.wait_ok("the partition", SOON, &format!("test -b {parted}p1"));
         vm.ok(&format!(
             "mkdir -p /mnt/lab-mounted /mnt/lab-parted; set -e; \
              for device in {mounted} {parted}p1; do busybox mke2fs -F $device >/dev/null; done; \
@@ -97,8 +97,8 @@ impl<'vm> Disks<'vm> {
              'use Fcntl; sysopen(F, \"{held}\", O_RDWR | O_EXCL) or die $!; sleep 100000'"
         ));
         let is_held = format!("ls -l /proc/$(systemctl show -p MainPID --value lab-holder)/fd | grep -q {held}$");
-        vm.wait_ok("a program to hold a disk", SECONDS_10, &is_held);
-        vm.wait_ok("the disk on USB", SECONDS_10, "test $(stat -c %G /dev/sda) = disk");
+        vm.wait_ok("a program to hold a disk", SOON, &is_held);
+        vm.wait_ok("the disk on USB", SOON, "test $(stat -c %G /dev/sda) = disk");
         vm.ok("udevadm settle");
 
         disks.free = vec![free.into(), "/dev/sda".into()];

@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::vm::{Plugged, Vm};
 
 /// Loading drivers and their firmware tables for the first time takes long on an emulated machine.
-const FIRST_PLUG: Duration = Duration::from_secs(30);
+const FIRST_PLUG: Duration = Duration::from_secs(90);
 
 /// The categories that need no configuration, with what stands for each on the host, as patterns of the shell.
 /// There is no driver here that makes a node for `dvb`, `gpio` or `spi`.

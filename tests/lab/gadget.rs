@@ -2,7 +2,7 @@
 //! of ports of our choice, and come back with others, as a board does that goes into its boot loader.
 
 use crate::plug::FIRST_PLUG;
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 /// What the device has.
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +50,7 @@ impl<'vm> Gadget<'vm> {
     #[track_caller]
     pub(crate) fn come_back_as(&self, product_id: u16, product: &str) {
         self.vm.ok(&format!("echo >{DIRECTORY}/UDC && udevadm settle"));
-        self.vm.wait_ok("the gadget to go", SECONDS_10, &format!("! {}", self.is_there()));
+        self.vm.wait_ok("the gadget to go", SOON, &format!("! {}", self.is_there()));
         self.appear(product_id, product);
     }
 

@@ -8,7 +8,7 @@ use crate::Case;
 use crate::container::{Container, node};
 use crate::everything::{CATEGORIES, Everything, Node, nodes_of_host};
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[
     ("hook::every_category_opens_where_asked_for", every_category_opens_where_asked_for),
@@ -286,7 +286,7 @@ impl<'vm> GraphicsCard<'vm> {
     fn load(vm: &'vm Vm) -> Self {
         let card = Self(vm);
         vm.ok("modprobe vgem");
-        vm.wait_ok("the card", SECONDS_10, "test $(stat -c %G /dev/dri/renderD128) = render");
+        vm.wait_ok("the card", SOON, "test $(stat -c %G /dev/dri/renderD128) = render");
         card
     }
 }

@@ -5,7 +5,7 @@ use crate::agent::{Agent, grants_of, status};
 use crate::container::Container;
 use crate::mapped::open;
 use crate::plug::plug_stick;
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("incus::sticks_reach_unprivileged_containers", sticks_reach_them)];
 
@@ -53,7 +53,7 @@ impl<'vm> Incus<'vm> {
              test \"$(readlink /proc/$pid/exe)\" = /bin/busybox && echo $pid",
             container.name,
         );
-        let printed = self.0.wait_ok(&format!("{} to run", container.name), SECONDS_10 * 3, &look);
+        let printed = self.0.wait_ok(&format!("{} to run", container.name), SOON * 3, &look);
         container.pid = printed.parse().expect("a number");
     }
 }
@@ -71,7 +71,7 @@ fn sticks_reach_them(vm: &Vm) {
     let mut asks = incus.launch("asks-incus");
     let _agent = Agent::start(vm);
     let plain = incus.launch("plain-incus");
-    vm.wait_ok("both to be found", SECONDS_10, "test $(qm-hotplug ps | grep -c ' incus:[ap].*-incus ') = 2");
+    vm.wait_ok("both to be found", SOON, "test $(qm-hotplug ps | grep -c ' incus:[ap].*-incus ') = 2");
 
     let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
     asks.wait_for("/dev/ttyUSB0");

@@ -6,7 +6,7 @@ use crate::container::Container;
 use crate::debian::DebianRoot;
 use crate::hook::Packaged;
 use crate::plug::{ASKS_FOR_STICKS, FIRST_PLUG, plug_stick};
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("inner_systemd::keeps_working", keeps_working)];
 
@@ -47,18 +47,18 @@ fn keeps_working(vm: &Vm) {
     assert_eq!(vm.ok(&container.outside("stat -c %F /run/udev/control")), "socket", "its own");
     vm.ok(&exec("systemctl daemon-reexec"));
     vm.ok(&format!("podman exec --detach {} sh -c 'udevadm monitor --udev >/out/events'", container.name));
-    vm.wait_ok("the monitor inside", SECONDS_10 * 3, &format!("grep -q '^UDEV - ' {}/out/events", root.path()));
+    vm.wait_ok("the monitor inside", SOON * 3, &format!("grep -q '^UDEV - ' {}/out/events", root.path()));
 
     for round in ["first", "second"] {
         let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
         container.wait_for("/dev/ttyUSB0");
         let is_up = "systemctl --quiet is-active dev-ttyUSB0.device bound.service";
-        vm.wait_ok("the device's unit and the one bound to it", SECONDS_10 * 2, &exec(is_up));
+        vm.wait_ok("the device's unit and the one bound to it", SOON * 2, &exec(is_up));
         assert_eq!(container.open("/dev/ttyUSB0"), "opens");
         stays_as_it_is(vm, &container, &agent);
         stick.unplug();
         container.wait_for_no("/dev/ttyUSB0");
-        vm.wait_ok("the units to end", SECONDS_10 * 2, &format!("! {}", exec(is_up)));
+        vm.wait_ok("the units to end", SOON * 2, &format!("! {}", exec(is_up)));
         container.wait_for_no("/dev/serial");
 
         let events = vm.ok(&format!("grep -E 'ttyUSB0 \\(tty\\)' {}/out/events", root.path()));

@@ -6,7 +6,7 @@ use crate::Case;
 use crate::agent::{grants_of, status};
 use crate::container::Container;
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("install::service_hook_and_removal", service_hook_and_removal)];
 
@@ -123,14 +123,14 @@ fn plugging_works(vm: &Vm, containers: &[Container<'_>], by: &str) {
 /// Within the bounds that the unit sets, on a host with udevd and where systemd has filters of its own.
 fn refusals_are_told(vm: &Vm, containers: &[Container<'_>]) {
     vm.ok("systemd-run --quiet --unit=qmh-told --collect sh -c 'exec qm-hotplug monitor >/run/qmh-told 2>&1'");
-    vm.wait_ok("the monitor", SECONDS_10, "grep waiting /run/qmh-told");
+    vm.wait_ok("the monitor", SOON, "grep waiting /run/qmh-told");
     for container in containers {
         assert_eq!(container.open_by_hand("c 4 3"), "Operation not permitted", "{}", container.name);
         let line = format!(
             "container {} was refused c 4:3 /dev/tty3 (rw); the annotation org.containers.qm.device.ttys=true would allow it",
             container.name
         );
-        vm.wait_ok("it to be told", SECONDS_10, &format!("grep -F '{line}' /run/qmh-told"));
+        vm.wait_ok("it to be told", SOON, &format!("grep -F '{line}' /run/qmh-told"));
         let fields = format!("_SYSTEMD_UNIT=qm-hotplug.service F_CONTAINER={}", container.name);
         let journal = vm.ok(&format!("journalctl --sync; journalctl -o cat {fields}"));
         assert!(journal.contains("refused c 4:3 /dev/tty3 (rw)"), "{journal}");
@@ -145,7 +145,7 @@ fn a_killed_agent_is_started_again(vm: &Vm) {
     let again = format!(
         "pid=$(systemctl show qm-hotplug -p MainPID --value); test $pid != 0 -a $pid != {before} && systemctl is-active --quiet qm-hotplug"
     );
-    vm.wait_ok("the agent to be back", SECONDS_10, &again);
+    vm.wait_ok("the agent to be back", SOON, &again);
     // A second on hardware. Here systemd alone takes most of one to start anything, so RestartUSec is what counts.
     eprintln!("    {}: killed and ready again after {:.1} s", vm.release(), killed.elapsed().as_secs_f64());
     assert_eq!(vm.ok("systemctl show qm-hotplug -p NRestarts --value"), "1");
@@ -172,7 +172,7 @@ fn the_hook_gives_what_is_there_at_start(vm: &Vm) -> Vec<Container<'_>> {
     assert_eq!(hookless[0].open_by_hand("c 188 0"), "Operation not permitted");
     // What the hook gave goes with the stick, even if the agent comes to know of both only later.
     stick.unplug();
-    vm.wait_ok("the host's node to go", SECONDS_10, "! test -e /dev/ttyUSB0");
+    vm.wait_ok("the host's node to go", SOON, "! test -e /dev/ttyUSB0");
     vm.ok("systemctl start qm-hotplug");
     for container in &hooked {
         container.wait_for_no("/dev/ttyUSB0");
@@ -189,7 +189,7 @@ fn the_hook_gives_what_is_there_at_start(vm: &Vm) -> Vec<Container<'_>> {
         Container::run_all(vm, &[("crun", "late-crun", ASKS_FOR_STICKS), ("runc", "late-runc", ASKS_FOR_STICKS)]);
     for container in &started {
         assert_eq!(container.open("/dev/ttyUSB0"), "opens", "{}", container.name);
-        vm.wait("the agent to know of it", SECONDS_10, |vm| (!grants_of(vm, &container.name).is_empty()).then_some(()));
+        vm.wait("the agent to know of it", SOON, |vm| (!grants_of(vm, &container.name).is_empty()).then_some(()));
         assert_eq!(grants_of(vm, &container.name), [("/dev/ttyUSB0".into(), "start".into())]);
     }
     stick.unplug();

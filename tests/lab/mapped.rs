@@ -5,7 +5,7 @@ use crate::agent::{grants_of, status};
 use crate::container::{Container, node};
 use crate::install::Installed;
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("mapped::sticks_reach_containers_with_a_user_namespace", sticks_reach_them)];
 
@@ -46,7 +46,7 @@ fn start<'vm>(vm: &'vm Vm, name: &str, script: &str, pid: &str, remove: &str) ->
     let mut container = Container::of_other_engine(vm, name, format!("{{ {}; }} 2>&1; rm -rf {root}", fill(remove)));
     vm.ok(&format!("lab-rootfs {root} && chown -hR 100000:100000 {root} && {}", fill(script)));
     let look = format!("pid=$({}) && test \"$(readlink /proc/$pid/exe)\" = /bin/busybox && echo $pid", fill(pid));
-    let printed = vm.wait_ok(&format!("{name} to run"), SECONDS_10 * 3, &look);
+    let printed = vm.wait_ok(&format!("{name} to run"), SOON * 3, &look);
     container.pid = printed.parse().expect("a number");
     container
 }
@@ -105,7 +105,7 @@ fn sticks_reach_them(vm: &Vm) {
             "pid=$(systemctl show qm-hotplug -p MainPID --value); test $pid != 0 -a $pid != {before} && \
              systemctl is-active --quiet qm-hotplug"
         );
-        vm.wait_ok("the agent to be back", SECONDS_10 * 3, &again);
+        vm.wait_ok("the agent to be back", SOON * 3, &again);
         stick.unplug();
         for container in &containers {
             container.wait_for_no("/dev/ttyUSB0");

@@ -107,7 +107,7 @@ fn an_inner_container_keeps_its_own_refusals(vm: &Vm) {
         let opened = open_in(vm, &child, outer.pid, "/dev/ttyUSB0");
         assert_eq!(opened, "Operation not permitted", "a cgroup with a filter in {name}");
         // rmdir fails with EBUSY until the kernel has let go of the last process.
-        vm.wait_ok("the cgroup to be empty", crate::vm::SECONDS_10, &format!("rmdir /sys/fs/cgroup{child}"));
+        vm.wait_ok("the cgroup to be empty", crate::vm::SOON, &format!("rmdir /sys/fs/cgroup{child}"));
     }
 
     // After an update of the runtime the mark is back or the grant is narrower; the refusal stands either way.

@@ -4,7 +4,7 @@ use crate::Case;
 use crate::container::Container;
 use crate::install::Installed;
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("operation::reload_watchdog_and_log", reload_watchdog_and_log)];
 
@@ -50,7 +50,7 @@ impl Drop for DropIn<'_> {
 #[track_caller]
 fn status(vm: &Vm, text: &str) {
     let shown = "systemctl show qm-hotplug -p StatusText --value";
-    vm.wait(text, SECONDS_10, |vm| vm.ok(shown).starts_with(text).then_some(()));
+    vm.wait(text, SOON, |vm| vm.ok(shown).starts_with(text).then_some(()));
 }
 
 fn fields_of_the_log(vm: &Vm, container: &str) {
@@ -89,7 +89,7 @@ fn a_stuck_agent_is_started_anew(vm: &Vm) {
     let again = format!(
         "pid=$(systemctl show qm-hotplug -p MainPID --value); test $pid != 0 -a $pid != {pid} && systemctl is-active --quiet qm-hotplug"
     );
-    vm.wait_ok("the watchdog", 4 * SECONDS_10, &again);
+    vm.wait_ok("the watchdog", 4 * SOON, &again);
     let journal = vm.ok("journalctl --sync; journalctl -o cat UNIT=qm-hotplug.service");
     assert!(journal.contains("Watchdog timeout"), "{journal}");
 }

@@ -7,10 +7,10 @@ use serde_json::json;
 use crate::Case;
 use crate::agent::{Agent, grants_of, status};
 use crate::container::{Container, RUNTIMES, node};
-use crate::vm::{Plugged, SECONDS_10, Vm};
+use crate::vm::{Plugged, SOON, Vm};
 
 /// Loading drivers and their firmware tables for the first time takes long on an emulated machine.
-pub(crate) const FIRST_PLUG: Duration = Duration::from_secs(30);
+pub(crate) const FIRST_PLUG: Duration = Duration::from_secs(90);
 
 pub(crate) const CASES: &[Case] = &[
     ("plug::serial_sticks_reach_those_who_ask", serial_sticks_reach_those_who_ask),
@@ -128,7 +128,7 @@ fn is_there_after_a_restart(vm: &Vm, asking: &mut [Container<'_>]) {
         assert_eq!(grants_of(vm, &container.name).len(), 1, "{}: the former run's is gone", container.name);
     }
     // Of the two that were not restarted, and of the two new runs; none of the former ones.
-    vm.wait("the grants of the former runs to go", SECONDS_10, |vm| (status(vm)["entries"] == 4).then_some(()));
+    vm.wait("the grants of the former runs to go", SOON, |vm| (status(vm)["entries"] == 4).then_some(()));
     stick.unplug();
     asking.iter().for_each(|container| container.wait_for_no("/dev/ttyUSB0"));
 }
@@ -168,7 +168,7 @@ fn sound_input_and_cameras(vm: &Vm) {
     keyboard.unplug();
     sound.unplug();
     vm.wait_ok("udev to let go of the camera", FIRST_PLUG, "modprobe -r vivid");
-    vm.wait("everything to go", SECONDS_10, |vm| (devices_of_categories(vm) == before).then_some(()));
+    vm.wait("everything to go", SOON, |vm| (devices_of_categories(vm) == before).then_some(()));
     assert_same_inside(vm, &containers);
     for container in &containers {
         for numbers in ["c 81 0", "c 116 2"] {
@@ -250,7 +250,7 @@ fn without_udevd(vm: &Vm) {
     assert_eq!(node(vm, "/dev/ttyUSB0"), "character special file bc:0 0:20 660");
     for container in &containers {
         let ready = "test $(stat -c %g /dev/ttyUSB0) = 20";
-        vm.wait_ok("the group inside", SECONDS_10, &container.outside(&format!("sh -c '{ready}'")));
+        vm.wait_ok("the group inside", SOON, &container.outside(&format!("sh -c '{ready}'")));
         assert_eq!(container.node("/dev/ttyUSB0"), "character special file bc:0 0:20 660", "{}", container.name);
         assert_eq!(container.open("/dev/ttyUSB0"), "opens", "{}", container.name);
     }

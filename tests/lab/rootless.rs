@@ -7,7 +7,7 @@ use crate::container::{open_script, why};
 use crate::hook::{Packaged, journal};
 use crate::install::Installed;
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[
     ("rootless::a_user_gets_what_it_may_open", a_user_gets_what_it_may_open),
@@ -63,7 +63,7 @@ impl Drop for User<'_> {
         // It may take the kernel a moment to end what was killed.
         self.0.wait_ok(
             "the user to be gone",
-            crate::vm::SECONDS_10,
+            crate::vm::SOON,
             "userdel --remove lab 2>/dev/null; ! id lab 2>/dev/null",
         );
     }
@@ -113,7 +113,7 @@ fn the_unit_serves_a_user(vm: &Vm) {
     let has = |count: usize| {
         vm.wait_ok(
             &format!("{count} grants"),
-            SECONDS_10 * 2,
+            SOON * 2,
             &format!("test $(qm-hotplug list --json | grep -o '\"right\":\"node\"' | wc -l) = {count}"),
         );
     };
@@ -134,7 +134,7 @@ fn the_unit_serves_a_user(vm: &Vm) {
     let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
     let told =
         "journalctl --sync; journalctl -u qm-hotplug -o cat --since -1min | grep -c 'add lab to the group dialout'";
-    vm.wait_ok("the reason to be told", SECONDS_10, &format!("test $({told}) = 2"));
+    vm.wait_ok("the reason to be told", SOON, &format!("test $({told}) = 2"));
     has(0);
     stick.unplug();
 }

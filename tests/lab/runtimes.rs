@@ -5,7 +5,7 @@ use crate::Case;
 use crate::agent::{Agent, grants_of, status};
 use crate::container::Container;
 use crate::plug::plug_stick;
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("runtimes::sticks_reach_containers_of_all_engines", sticks_reach_all_engines)];
 
@@ -103,7 +103,7 @@ fn at_once(vm: &Vm, lines: &[String]) {
 fn look_up(vm: &Vm, (engine, container): &mut One<'_>) {
     let pid = Engine::script(engine.pid, container, "", "");
     let look = format!("pid=$({pid}) && test \"$(readlink /proc/$pid/exe)\" = /bin/busybox && echo $pid");
-    let printed = vm.wait_ok(&format!("{}:{} to run", engine.name, container.name), SECONDS_10 * 3, &look);
+    let printed = vm.wait_ok(&format!("{}:{} to run", engine.name, container.name), SOON * 3, &look);
     container.pid = printed.parse().expect("a number");
 }
 

@@ -13,7 +13,7 @@ use crate::vm::Vm;
 pub(crate) const CASES: &[Case] = &[("seat::a_container_gets_its_seats_devices", a_container_gets_its_seats_devices)];
 
 /// Loading drivers and their firmware tables for the first time takes long on an emulated machine.
-const FIRST_PLUG: Duration = Duration::from_secs(30);
+const FIRST_PLUG: Duration = Duration::from_secs(90);
 
 /// Assigns the sound card and the keyboard. udevd looks for changed rules every 3 s only, so that it may not yet know
 /// of the second assignment when logind triggers it.

@@ -8,7 +8,7 @@ use crate::container::Container;
 use crate::gadget::{Function, Gadget};
 use crate::hook::Packaged;
 use crate::plug::FIRST_PLUG;
-use crate::vm::{Plugged, SECONDS_10, Vm};
+use crate::vm::{Plugged, SOON, Vm};
 
 pub(crate) const CASES: &[Case] =
     &[("select::each_key_finds_its_device_whatever_its_number", each_key_finds_its_device_whatever_its_number)];
@@ -136,7 +136,7 @@ fn each_key_finds_its_device_whatever_its_number(vm: &Vm) {
     let a1 = stick(vm, "A1", "5");
     let b2 = stick(vm, "B2", "6.2");
     let braille = vm.plug("braille", "usb-braille", json!({ "serial": "BR", "port": "6.3" }));
-    vm.wait_ok("the braille display", SECONDS_10, &format!("test $(readlink -f {BRAILLE}) = /dev/ttyUSB2"));
+    vm.wait_ok("the braille display", SOON, &format!("test $(readlink -f {BRAILLE}) = /dev/ttyUSB2"));
     assert_eq!(vm.ok(&format!("readlink -f {B2}")), "/dev/ttyUSB1");
     assert_has(vm, &before, &pairs, "at first");
     let devices = pairs.iter().filter(|(_, host)| *host != NOTHING).count();
@@ -200,7 +200,7 @@ impl<'vm> Others<'vm> {
                modprobe vivid n_devs=1");
         let nodes = [KEYBOARD, "/dev/hidraw0", CAMERA, MODEM];
         vm.wait_ok("all nodes", FIRST_PLUG, &nodes.map(|path| format!("test -c {path}")).join(" && "));
-        vm.wait_ok("the serial port", SECONDS_10, "readlink /sys/class/tty/ttyS1 | grep -q 0000:00:1d.0");
+        vm.wait_ok("the serial port", SOON, "readlink /sys/class/tty/ttyS1 | grep -q 0000:00:1d.0");
         vm.ok("udevadm settle");
         others
     }

@@ -11,7 +11,7 @@ use crate::container::Container;
 use crate::everything::nodes_of_host;
 use crate::hook::Packaged;
 use crate::select::{NOTHING, asks, assert_has, stick};
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[
     ("select_ask::one_container_at_a_time", one_container_at_a_time),
@@ -38,7 +38,7 @@ fn one_container_at_a_time(vm: &Vm) {
     let second = Container::run(vm, "runc", "second-runc", &asked);
     let held = vm.wait_ok(
         "the journal to name the holder",
-        SECONDS_10,
+        SOON,
         "journalctl --sync; journalctl -o json SYSLOG_IDENTIFIER=qm-hotplug | grep second-runc | \
          grep -o '\"MESSAGE\":\"[^\"]*container first-crun[^\"]*'",
     );
@@ -68,7 +68,7 @@ fn a_start_that_needs_a_device(vm: &Vm) {
     let _installed = Packaged::install(vm);
     let log = "/run/lab-needs.log";
     start(vm, &asks(vm, "needed", "usb=0403:6001:Z9,as=/dev/needed,required,wait=30s"), log);
-    vm.wait_ok("the hook", SECONDS_10, "grep -ls [p]recreate /proc/[0-9]*/cmdline");
+    vm.wait_ok("the hook", SOON, "grep -ls [p]recreate /proc/[0-9]*/cmdline");
     let _z9 = stick(vm, "Z9", "5");
     let told = vm.wait_ok("the container's end", A_START, &format!("grep ^status {log} && cat {log}"));
     assert!(told.contains("opens") && told.contains("status 0"), "{told}");
@@ -93,7 +93,7 @@ fn by_command(vm: &Vm) {
     vm.ok(&format!(
         "(qm-hotplug attach told-crun usb=0403:6001:C3 /dev/told --wait 30s; echo status $?) >{log} 2>&1 &",
     ));
-    vm.wait_ok("attach to wait", SECONDS_10, "grep -ls [a]ttach /proc/[0-9]*/cmdline");
+    vm.wait_ok("attach to wait", SOON, "grep -ls [a]ttach /proc/[0-9]*/cmdline");
     let _other = stick(vm, "D4", "6");
     assert_eq!(vm.ok(&format!("cat {log}")), "", "it waits for another one");
     let c3 = stick(vm, "C3", "5");

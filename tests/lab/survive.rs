@@ -4,7 +4,7 @@ use crate::Case;
 use crate::agent::{Agent, programs, status};
 use crate::container::{Container, RUNTIMES};
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
-use crate::vm::{Plugged, SECONDS_10, Vm};
+use crate::vm::{Plugged, SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[
     ("survive::what_systemd_does", what_systemd_does),
@@ -109,7 +109,7 @@ fn marks_are_first(granted: &Granted<'_>, after: &str) {
     for container in &granted.containers {
         let cgroup = container.cgroup();
         let what = format!("the mark of {} to be first after {after}", container.name);
-        granted.vm.wait(&what, SECONDS_10, |vm| programs(vm, &cgroup).first()?.starts_with("qmhp_mark").then_some(()));
+        granted.vm.wait(&what, SOON, |vm| programs(vm, &cgroup).first()?.starts_with("qmhp_mark").then_some(()));
     }
 }
 
@@ -163,7 +163,7 @@ impl<'a, 'vm> OpenInALoop<'a, 'vm> {
         for container in self.containers {
             self.vm.ok(&container.outside("touch /tmp/enough"));
             let log = format!("/run/opened-{}", container.name);
-            let said = self.vm.wait_ok("the program's end", SECONDS_10, &format!("grep -q ^opened {log} && cat {log}"));
+            let said = self.vm.wait_ok("the program's end", SOON, &format!("grep -q ^opened {log} && cat {log}"));
             let count = said.lines().find_map(|line| line.strip_prefix("opened ")?.parse::<u32>().ok());
             assert!(count.is_some_and(|count| count > 10), "{}: {said}", container.name);
             failures.extend(said.lines().filter(|line| !line.starts_with("opened ")).map(str::to_owned));

@@ -6,7 +6,7 @@ use crate::Case;
 use crate::container::Container;
 use crate::install::Installed;
 use crate::plug::{ASKS_FOR_STICKS, plug_stick};
-use crate::vm::{SECONDS_10, Vm};
+use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("varlink::systemds_client_talks_to_it", systemds_client_talks_to_it)];
 
@@ -39,10 +39,10 @@ fn systemds_client_talks_to_it(vm: &Vm) {
         "systemd-run --quiet --collect --unit=lab-varlink -p StandardOutput=file:{events} \
          varlinkctl call --more --json=short {SOCKET} io.qmhotplug.Monitor '{{}}'"
     ));
-    vm.wait_ok("the stream to begin", SECONDS_10, &format!("grep -q ready {events}"));
+    vm.wait_ok("the stream to begin", SOON, &format!("grep -q ready {events}"));
     let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
     container.wait_for("/dev/ttyUSB0");
-    vm.wait_ok("the event", SECONDS_10, &format!("grep granted {events} | grep -q {name}"));
+    vm.wait_ok("the event", SOON, &format!("grep granted {events} | grep -q {name}"));
     vm.ok(&format!("systemctl stop lab-varlink; rm {events}"));
 
     assert_eq!(call(vm, "List", json!({}))["grants"][0]["path"], "/dev/ttyUSB0");
