@@ -115,6 +115,9 @@ pub enum Error {
     /// Our own process lacks something.
     #[error("{0}")]
     Unfit(String),
+    /// `doctor` found what keeps this host from doing the work; with the topics.
+    #[error("this host cannot do the work: see what is said of {0}")]
+    Unwell(String),
     /// Something did not answer in time.
     #[error("{0}")]
     TimedOut(String),
@@ -201,7 +204,7 @@ impl Error {
                 _ => 5,
             },
             Error::TimedOut(_) => 6,
-            Error::InContainer { .. } | Error::Host { .. } | Error::BadFile { .. } => 1,
+            Error::InContainer { .. } | Error::Host { .. } | Error::BadFile { .. } | Error::Unwell(_) => 1,
             Error::Undo { first, .. } => first.exit_code(),
             Error::Remote { code, .. } | Error::Inaccessible { code, .. } => *code,
         }

@@ -34,12 +34,13 @@ enum At {
     Lab(&'static str),
 }
 
-const COMMANDS: [(&str, At); 24] = [
+const COMMANDS: [(&str, At); 25] = [
     ("sudo scripts/demo.sh", At::Here),
     ("sudo scripts/test.sh", At::TestScript),
     ("sudo scripts/install.sh", At::Here),
     ("sudo systemctl enable --now qm-hotplug", At::Lab("systemctl enable --now ")),
     ("sudo scripts/install.sh --uninstall", At::Here),
+    ("sudo qm-hotplug doctor", At::Here),
     ("sudo podman run -d --name app --annotation org.containers.qm.device.ttyUSB=true IMAGE", At::Here),
     (
         "sudo podman run -d --name zigbee --annotation 'org.containers.qm.hotplug.stick=tty;usb=10c4:ea60;serial=A1B2;as=/dev/zigbee' IMAGE",
@@ -221,6 +222,8 @@ fn usage_works_as_written() {
     assert!(explained.contains("\n→ qm-hotplug attach app /dev/tty23"), "{explained}");
     as_written("sudo qm-hotplug detach app /dev/zigbee").ok();
     assert!(app.sh("test -e /dev/zigbee").code != 0);
+    let looked = as_written("sudo qm-hotplug doctor").ok();
+    assert!(looked.contains("agent       ok       runs, version"), "{looked}");
     let status = as_written("sudo qm-hotplug status").ok();
     assert!(status.contains("running") && status.contains("grants:     1"), "{status}");
     agent.stop();

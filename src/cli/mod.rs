@@ -3,6 +3,7 @@
 mod attach;
 mod detach;
 mod devices;
+mod doctor;
 mod explain;
 mod list;
 mod monitor;
@@ -59,6 +60,8 @@ pub enum Command {
     Monitor(monitor::Args),
     /// Show how the agent and the device filter are
     Status(status::Args),
+    /// Look whether this host can do the work, and say what to do where it cannot; changes nothing
+    Doctor(doctor::Args),
     /// Have the agent read its configuration again; what is wrong in it is told, and then all stays as it was
     Reload,
     /// Run the agent (a systemd service starts this)
@@ -87,6 +90,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Verify(args) => verify::run(args),
         Command::Monitor(args) => monitor::run(args),
         Command::Status(args) => status::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Reload => reload::run(),
         Command::Agent(args) if args.release => release(),
         Command::Agent(_) => crate::agent::run(),

@@ -3,6 +3,7 @@
 mod agreement;
 pub mod containers;
 pub mod devices;
+pub mod doctor;
 pub mod explain;
 mod files;
 mod inspect;

@@ -154,6 +154,15 @@ pub fn outer_user() -> u32 {
     outer.unwrap_or(own)
 }
 
+/// The processes of that name. The kernel keeps 15 bytes of it (TASK_COMM_LEN).
+pub fn running(name: &str) -> Vec<u32> {
+    let name = &name.as_bytes()[..name.len().min(15)];
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let is_it = |pid: &u32| std::fs::read(format!("/proc/{pid}/comm")).is_ok_and(|text| text.trim_ascii_end() == name);
+    pids.filter(is_it).collect()
+}
+
 /// Whether the process behind a pidfd has ended.
 pub(crate) fn has_exited(pidfd: BorrowedFd<'_>) -> bool {
     let mut polled = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];

@@ -10,6 +10,7 @@ mod agent_socket;
 mod attach;
 mod containers;
 mod detach;
+mod doctor;
 mod engines;
 mod exact;
 mod forged;
@@ -58,6 +59,7 @@ fn main() {
     let cases = [
         attach::CASES,
         detach::CASES,
+        doctor::CASES,
         host_dev::CASES,
         hotplug::CASES,
         mirror::CASES,
@@ -89,6 +91,7 @@ fn main() {
     let mut trials: Vec<Trial> = cases.into_iter().flatten().flat_map(each).collect();
     for (name, case) in [
         adoption::ONCE,
+        doctor::ONCE,
         agent_socket::ONCE,
         monitor::ONCE,
         operation::ONCE,
