@@ -42,9 +42,20 @@ main() {
     fi
     [[ -f $binary && -x $binary ]] || die "$binary is no program: give --binary a build of qm-hotplug"
     binary=$(readlink -f "$binary")
+    be_fit "$binary"
     device=$(choose_device "$device")
     be_alone "$binary"
     exec unshare --mount --propagation private -- "$BASH" "$0" --inside "$binary" "$device"
+}
+
+# What keeps the demo from working ends it before it begins. Hooks and agent it has of its own, and a cgroup2 it mounts.
+be_fit() {
+    local checks
+    checks=$("$1" doctor --json 2>/dev/null) || true
+    if [[ $checks =~ \"topic\":\"(rights|kernel|filter|config)\",\"state\":\"problem\" ]]; then
+        "$1" doctor >&2 || true
+        die "this machine cannot show it yet: see each problem above"
+    fi
 }
 
 # The device filter is one for the whole kernel: neither an installed agent nor a test may be at work on it.

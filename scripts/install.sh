@@ -101,6 +101,10 @@ install_all() {
         systemctl try-restart qm-hotplug.service
         say "start it with: systemctl enable --now qm-hotplug"
     fi
+    if [[ -z $destdir ]]; then
+        # What it finds is for whoever reads it: the installation itself is done.
+        "$program" doctor || true
+    fi
 }
 
 uninstall_all() {

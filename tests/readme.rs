@@ -94,6 +94,7 @@ fn main() {
             trial("usage_works_as_written", usage_works_as_written),
             trial("demo_shows_the_main_job_and_leaves_nothing", demo_shows_the_main_job_and_leaves_nothing),
             trial("interrupted_demo_leaves_nothing", interrupted_demo_leaves_nothing),
+            trial("demo_ends_before_it_begins_where_it_cannot_work", demo_ends_before_it_begins_where_it_cannot_work),
             trial("installed_files_carry_their_prefix", install::installed_files_carry_their_prefix),
             trial("installed_hook_opens_devices_at_start", install::installed_hook_opens_devices_at_start),
             trial("links_act_as_the_hooks_of_containers_qm", links_act_as_the_hooks_of_containers_qm),
@@ -291,6 +292,17 @@ fn demo_shows_the_main_job_and_leaves_nothing() {
         "{shown}"
     );
     assert_nothing_left();
+    assert_eq!(Leftovers::now(), before);
+}
+
+fn demo_ends_before_it_begins_where_it_cannot_work() {
+    let before = Leftovers::now();
+    support::configure("enable = 3\n");
+    let said: Said = demo().output().unwrap().into();
+    support::unconfigure();
+    assert_eq!((said.code, &*said.stdout), (1, ""), "{said:?}");
+    let place = format!("{}:1:10: ", support::CONFIGURATION);
+    assert!(said.stderr.contains("config      problem") && said.stderr.contains(&place), "{said:?}");
     assert_eq!(Leftovers::now(), before);
 }
 

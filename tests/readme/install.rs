@@ -15,7 +15,7 @@ pub(crate) fn installed_files_carry_their_prefix() {
     let at = |path: &str| directory.path().join(path);
     let destdir = directory.path().to_str().unwrap();
     for _ in 0..2 {
-        install(&["--destdir", destdir, "--binary", BINARY]).ok();
+        assert_eq!(install(&["--destdir", destdir, "--binary", BINARY]).ok(), "", "nothing is said of this host");
     }
     assert_eq!(std::fs::read(at("usr/bin/qm-hotplug")).unwrap(), std::fs::read(BINARY).unwrap());
     let hook = at("usr/share/containers/oci/hooks.d/qm-hotplug.json");
@@ -52,7 +52,8 @@ fn start_with_hooks(prefix: &str) -> Container {
 pub(crate) fn installed_hook_opens_devices_at_start() {
     let directory = tempfile::tempdir().unwrap();
     let prefix = directory.path().to_str().unwrap();
-    install(&["--prefix", prefix, "--binary", BINARY]).ok();
+    let said = install(&["--prefix", prefix, "--binary", BINARY]).ok();
+    assert!(said.contains("kernel      ok       Linux "), "it ends with what doctor finds: {said}");
     let container = start_with_hooks(prefix);
     assert!(container.opens("<>", "/dev/tty5"));
     drop(container);
