@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use qm_hotplug::cli::lxc_device::{self, LxcDevice};
 use qm_hotplug::cli::{Cli, Command, precreate, run};
 use qm_hotplug::core::text::printable;
 use qm_hotplug::error::Error;
@@ -11,6 +12,9 @@ use qm_hotplug::log::{self, Who};
 use qm_hotplug::precreate::Hook;
 
 fn main() -> ExitCode {
+    if std::env::args().next().is_some_and(|program| LxcDevice::is_called(&program)) {
+        return lxc_device();
+    }
     let mut in_journal = false;
     match start(&mut in_journal) {
         Ok(()) => ExitCode::SUCCESS,
@@ -22,6 +26,21 @@ fn main() -> ExitCode {
             }
             eprintln!("qm-hotplug: {text}");
             ExitCode::from(error.downcast_ref::<Error>().map_or(1, Error::exit_code))
+        }
+    }
+}
+
+/// Under the name of LXC's command, whose failures all have the exit code 1.
+fn lxc_device() -> ExitCode {
+    let done = match lxc_device::parse(std::env::args_os()) {
+        Ok(command) => log::start(Who::Command).context("cannot set up logging").and_then(|_| Ok(command.run()?)),
+        Err(code) => return ExitCode::from(code),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}: {}", lxc_device::NAME, printable(&format!("{error:#}")));
+            ExitCode::FAILURE
         }
     }
 }

@@ -6,6 +6,7 @@ mod devices;
 mod doctor;
 mod explain;
 mod list;
+pub mod lxc_device;
 mod monitor;
 mod output;
 mod ps;

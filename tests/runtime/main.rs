@@ -19,6 +19,7 @@ mod host_dev;
 mod hotplug;
 #[cfg(feature = "fail-points")]
 mod killed;
+mod lxc_device;
 mod mirror;
 mod monitor;
 mod operation;
@@ -59,6 +60,7 @@ fn main() {
     let cases = [
         attach::CASES,
         detach::CASES,
+        lxc_device::CASES,
         doctor::CASES,
         host_dev::CASES,
         hotplug::CASES,
