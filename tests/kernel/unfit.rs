@@ -22,6 +22,7 @@ pub const TESTS: &[(&str, fn())] = &[
     ("unfit::without_cgroup2_it_says_how_to_mount_it", without_cgroup2),
     ("unfit::a_part_of_cgroup2_is_not_taken_for_its_root", a_part_of_cgroup2),
     ("unfit::where_bpf_is_refused_kernel_and_reason_are_named", where_bpf_is_refused),
+    ("unfit::doctor_calls_each_a_problem_and_goes_on", doctor_goes_on),
 ];
 
 /// Runs the binary, at most for ten seconds, after `prepare` in the new process.
@@ -177,4 +178,31 @@ fn where_bpf_is_refused() {
             assert_nothing_left();
         }
     }
+}
+
+/// `doctor` has a problem of that topic with this in it, and a line for each other topic; nothing is left.
+#[track_caller]
+fn doctor_finds(topic: &str, text: &str, prepare: impl Fn() -> io::Result<()> + Send + Sync + 'static) {
+    let said = qm_after(&["doctor", "--json"], prepare);
+    assert_eq!(said.code, 1, "{said:?}");
+    assert!(said.stderr.contains("this host cannot do the work: ") && said.stderr.contains(topic), "{said:?}");
+    let checks: Vec<serde_json::Value> = serde_json::from_str(&said.stdout).unwrap();
+    let is_it = |check: &serde_json::Value| {
+        (&check["topic"], &check["state"]) == (&topic.into(), &"problem".into())
+            && check["finding"].as_str().unwrap().contains(text)
+    };
+    assert!(checks.iter().any(is_it), "{topic} {text:?} in {checks:#?}");
+    for topic in ["rights", "kernel", "cgroup", "filter", "udev", "hook", "agent", "config", "engines", "containers"] {
+        assert!(checks.iter().any(|check| check["topic"] == topic), "{topic} in {checks:#?}");
+    }
+    assert_nothing_left();
+}
+
+fn doctor_goes_on() {
+    doctor_finds("rights", "CAP_MKNOD is missing", || {
+        caps::drop(None, CapSet::Bounding, Capability::CAP_MKNOD).map_err(other)
+    });
+    doctor_finds("cgroup", "no cgroup2 hierarchy is mounted", unmount_cgroups);
+    doctor_finds("kernel", "Operation not permitted", || refuse_bpf(None, libc::EPERM));
+    doctor_finds("kernel", "load its program", || refuse_bpf(Some(5), libc::EINVAL));
 }
