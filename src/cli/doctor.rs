@@ -2,7 +2,8 @@
 
 use crate::agent::client;
 use crate::cli::output;
-use crate::core::diagnosis::{Agent, CheckInfo, State, lines};
+use crate::core::diagnosis::{CheckInfo, State, lines};
+use crate::core::host::Agent;
 use crate::core::info::StatusInfo;
 use crate::core::protocol::{Nothing, Request};
 use crate::error::{Error, Result};

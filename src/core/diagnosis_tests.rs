@@ -1,4 +1,5 @@
 use super::*;
+use crate::core::host::{Agent, Found};
 
 /// A host where all is well.
 fn well() -> Facts {

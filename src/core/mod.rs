@@ -19,6 +19,7 @@ pub mod flood;
 pub mod glob;
 pub mod grammar;
 pub mod hook_file;
+pub mod host;
 pub mod id_map;
 pub mod info;
 pub mod ledger;

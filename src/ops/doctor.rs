@@ -7,10 +7,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::config;
-use crate::core::diagnosis::{
-    Agent, Cgroup, Engine, Facts, Filter, Found, HookFile, HookProgram, Rival, Seen, Service,
-};
 use crate::core::hook_file;
+use crate::core::host::{Agent, Cgroup, Engine, Facts, Filter, Found, HookFile, HookProgram, Rival, Seen, Service};
 use crate::error::{Error, Result};
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::live::hold;

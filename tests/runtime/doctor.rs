@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use qm_hotplug::core::filter_program;
 use qm_hotplug::sys::bpf::{Map, Program};
 use qm_hotplug::sys::cgroup::CgroupRoot;
@@ -27,6 +28,7 @@ pub(crate) const ONCE: &[CaseOnce] = &[
     ("doctor::a_wrong_configuration_is_a_problem", a_wrong_configuration_is_a_problem),
     ("doctor::without_root_nothing_is_guessed", without_root_nothing_is_guessed),
     ("doctor::container_hotplug_is_found", container_hotplug_is_found),
+    ("doctor::the_unit_is_looked_for", the_unit_is_looked_for),
 ];
 
 const TOPICS: [&str; 11] =
@@ -284,4 +286,48 @@ fn container_hotplug_is_found() {
     assert!(remedy.contains(file.to_str().unwrap()), "{remedy}");
     std::fs::remove_dir_all(file.parent().unwrap()).unwrap();
     assert!(none());
+}
+
+/// A host that systemd runs, in this mount namespace; it goes when dropped.
+struct Systemd;
+
+impl Systemd {
+    const UNIT: &str = "/etc/systemd/system/qm-hotplug.service";
+    const WANTS: &str = "/etc/systemd/system/multi-user.target.wants";
+
+    fn new() -> Systemd {
+        std::fs::create_dir_all("/run/systemd").unwrap();
+        mount(Some("none"), "/run/systemd", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        std::fs::create_dir("/run/systemd/system").unwrap();
+        Systemd
+    }
+
+    /// As `systemctl enable` does.
+    fn enable() {
+        std::fs::create_dir_all(Systemd::WANTS).unwrap();
+        let link = format!("{}/qm-hotplug.service", Systemd::WANTS);
+        std::os::unix::fs::symlink(Systemd::UNIT, link).unwrap();
+    }
+}
+
+impl Drop for Systemd {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(Systemd::UNIT);
+        let _ = std::fs::remove_file(format!("{}/qm-hotplug.service", Systemd::WANTS));
+        umount2("/run/systemd", MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+fn the_unit_is_looked_for() {
+    let _systemd = Systemd::new();
+    tells("agent", "warning", "and its unit is not installed");
+    std::fs::create_dir_all("/etc/systemd/system").unwrap();
+    std::fs::copy("units/qm-hotplug.service", Systemd::UNIT).unwrap();
+    assert_eq!(tells("agent", "warning", "and is not started at boot"), "sudo systemctl enable --now qm-hotplug");
+    let agent = Agent::start();
+    assert_eq!(tells("agent", "warning", "runs, but is not started at boot"), "sudo systemctl enable qm-hotplug");
+    Systemd::enable();
+    tells("agent", "ok", "runs, version");
+    agent.stop();
+    tells("agent", "warning", "though it is enabled");
 }
