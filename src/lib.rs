@@ -31,7 +31,7 @@
 //! | [`agent`] | the service: one loop that observes, plans, executes; the socket, in a thread of its own | the above |
 //! | [`precreate`] | the OCI hook | `core`, `sys`, `runtime`, `ops`, `config` |
 //! | [`failpoint`] | where tests kill the process; nothing in what is shipped | nothing of ours |
-//! | [`cli`] | one file a command, and what a person reads | all |
+//! | [`cli`] | one file a command, what a person reads, and what shells complete | all |
 
 #![deny(unsafe_code)]
 

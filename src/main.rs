@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use qm_hotplug::cli::lxc_device::{self, LxcDevice};
-use qm_hotplug::cli::{Cli, Command, precreate, run};
+use qm_hotplug::cli::{Cli, Command, complete, precreate, run};
 use qm_hotplug::core::text::printable;
 use qm_hotplug::error::Error;
 use qm_hotplug::log::{self, Who};
@@ -52,6 +52,7 @@ fn start(in_journal: &mut bool) -> anyhow::Result<()> {
         *in_journal = start_logging(Who::Hook)?;
         return Ok(precreate(Some(hook))?);
     }
+    complete::answer_shell();
     let cli = Cli::parse();
     *in_journal = start_logging(match cli.command {
         Command::Agent(_) => Who::Agent,

@@ -3,6 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use clap_complete::ArgValueCompleter;
+
+use crate::cli::complete::{containers, devices_or_selector};
 use crate::cli::{Done, absolute, change, output};
 use crate::config;
 use crate::core::container::Reference;
@@ -24,11 +27,11 @@ use crate::{ops, runtime};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Container: name, id, ENGINE:NAME or pid:N
-    #[arg(value_name = "CTR")]
+    #[arg(value_name = "CTR", add = ArgValueCompleter::new(containers))]
     container: String,
     /// Device on the host: a path such as /dev/video1 or /dev/serial/by-id/…, links are followed; or a selector such as
     /// usb=10c4:ea60
-    #[arg(value_name = "DEV")]
+    #[arg(value_name = "DEV", add = ArgValueCompleter::new(devices_or_selector))]
     device: String,
     /// Path of the node in the container [default: DEV as typed, or the device's own]
     #[arg(value_name = "DEST")]

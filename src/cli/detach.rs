@@ -1,5 +1,8 @@
 //! `qm-hotplug detach`.
 
+use clap_complete::ArgValueCompleter;
+
+use crate::cli::complete::{containers_and_kept, granted};
 use crate::cli::{Done, change, output};
 use crate::core::protocol::{Detach, Grants, Request};
 use crate::error::Result;
@@ -9,10 +12,10 @@ use crate::{ops, runtime};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Container: name, id, ENGINE:NAME or pid:N
-    #[arg(value_name = "CTR")]
+    #[arg(value_name = "CTR", add = ArgValueCompleter::new(containers_and_kept))]
     container: String,
     /// Path of the node in the container, or of the device on the host
-    #[arg(value_name = "DEV|DEST")]
+    #[arg(value_name = "DEV|DEST", add = ArgValueCompleter::new(granted))]
     device: String,
     /// Print the grants that are gone as JSON
     #[arg(long)]

@@ -1,12 +1,16 @@
 //! `qm-hotplug devices`.
 
+use clap_complete::ArgValueCompleter;
+
+use crate::cli::complete::{devices, selector};
 use crate::cli::output;
 use crate::config;
 use crate::core::annotation::HOTPLUG_PREFIX;
 use crate::core::facts::Facts;
 use crate::core::naming::{name_of, selector_for};
 use crate::error::{Error, Result};
-use crate::ops::devices::{devices, sorted};
+use crate::ops;
+use crate::ops::devices::sorted;
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::udev;
 
@@ -14,10 +18,10 @@ use crate::sys::udev;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Only those that it means, such as ttyUSB or usb=10c4:ea60 [default: all that have a node]
-    #[arg(value_name = "SELECTOR", conflicts_with = "annotation")]
+    #[arg(value_name = "SELECTOR", conflicts_with = "annotation", add = ArgValueCompleter::new(selector))]
     selector: Option<String>,
     /// Print an annotation with which a container asks for just this device
-    #[arg(long, value_name = "DEV")]
+    #[arg(long, value_name = "DEV", add = ArgValueCompleter::new(devices))]
     annotation: Option<String>,
     /// Print an array of devices as JSON
     #[arg(long)]
@@ -29,7 +33,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     if let Some(path) = &args.annotation {
         return annotation(path, args.json);
     }
-    let infos = devices(args.selector.as_deref())?;
+    let infos = ops::devices::devices(args.selector.as_deref())?;
     if args.json {
         return output::json(&infos);
     }

@@ -1,6 +1,9 @@
 //! `qm-hotplug explain`.
 
+use clap_complete::ArgValueCompleter;
+
 use crate::agent::client;
+use crate::cli::complete::{containers, granted_or_devices};
 use crate::cli::{absolute, look, output};
 use crate::core::info::Explained;
 use crate::core::protocol::{Explain, Request};
@@ -12,10 +15,10 @@ use crate::runtime;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Container: name, id, ENGINE:NAME or pid:N
-    #[arg(value_name = "CTR")]
+    #[arg(value_name = "CTR", add = ArgValueCompleter::new(containers))]
     container: String,
     /// Device on the host, or its path in the container
-    #[arg(value_name = "DEV")]
+    #[arg(value_name = "DEV", add = ArgValueCompleter::new(granted_or_devices))]
     device: String,
     /// Print findings and advice as JSON
     #[arg(long)]

@@ -1,6 +1,9 @@
 //! `qm-hotplug list`.
 
+use clap_complete::ArgValueCompleter;
+
 use crate::agent::client;
+use crate::cli::complete::containers_and_kept;
 use crate::cli::output;
 use crate::core::protocol::{Grants, List, Request};
 use crate::error::Result;
@@ -13,7 +16,7 @@ use crate::{ops, runtime};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Only this container's grants
-    #[arg(value_name = "CTR")]
+    #[arg(value_name = "CTR", add = ArgValueCompleter::new(containers_and_kept))]
     container: Option<String>,
     /// Print an array of grants as JSON
     #[arg(long)]

@@ -1,6 +1,7 @@
 //! The command line: one file a command.
 
 mod attach;
+pub mod complete;
 mod detach;
 mod devices;
 mod doctor;

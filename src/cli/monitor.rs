@@ -2,7 +2,10 @@
 
 use std::io;
 
+use clap_complete::ArgValueCompleter;
+
 use crate::agent::client::{self, End};
+use crate::cli::complete::containers;
 use crate::cli::output;
 use crate::core::event::Event;
 use crate::core::protocol::Monitor;
@@ -12,7 +15,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Only this container's events
-    #[arg(value_name = "CTR")]
+    #[arg(value_name = "CTR", add = ArgValueCompleter::new(containers))]
     container: Option<String>,
     /// Print each event as a JSON object on a line of its own
     #[arg(long)]

@@ -1,5 +1,8 @@
 //! `qm-hotplug verify`.
 
+use clap_complete::ArgValueCompleter;
+
+use crate::cli::complete::{containers, granted};
 use crate::cli::{absolute, look, output};
 use crate::core::info::Proven;
 use crate::core::protocol::{Request, Verify};
@@ -11,10 +14,10 @@ use crate::runtime;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Container: name, id, ENGINE:NAME or pid:N
-    #[arg(value_name = "CTR")]
+    #[arg(value_name = "CTR", add = ArgValueCompleter::new(containers))]
     container: String,
     /// Device on the host, or its path in the container [default: all that it was granted]
-    #[arg(value_name = "DEV")]
+    #[arg(value_name = "DEV", add = ArgValueCompleter::new(granted))]
     device: Option<String>,
     /// Also open each device for a moment, which a driver may notice
     #[arg(long)]

@@ -7,7 +7,7 @@ use crate::core::grammar::{Author, OPTIONS, selection};
 use crate::core::rule::Rule;
 use crate::core::seat::{self, Seat};
 use crate::core::selection::Selection;
-use crate::core::selector::KEYS;
+use crate::core::selector::{KEY_PREFIXES, KEYS, SPECIAL_KEYS};
 use crate::core::text::excerpt;
 
 /// What precedes all of ours and of containers/qm's.
@@ -108,8 +108,8 @@ fn is_key(word: &str) -> bool {
     let word = word.trim().trim_end_matches('!');
     KEYS.iter().any(|(name, _)| *name == word)
         || OPTIONS.contains(&word)
-        || ["usb", "parent", "category"].contains(&word)
-        || ["env.", "attr.", "attrs."].iter().any(|prefix| word.starts_with(prefix))
+        || SPECIAL_KEYS.contains(&word)
+        || KEY_PREFIXES.iter().any(|prefix| word.starts_with(prefix))
 }
 
 /// The rule, unless it is a selector that something stands in the way of. One that was cut would stand for more devices

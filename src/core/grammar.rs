@@ -92,10 +92,10 @@ pub fn selector(text: &str, categories: &Categories) -> Result<Selector, SyntaxE
 }
 
 /// Options with a value.
-pub(super) const OPTIONS: [&str; 8] = ["as", "link", "links", "access", "mode", "uid", "gid", "wait"];
+pub const OPTIONS: [&str; 8] = ["as", "link", "links", "access", "mode", "uid", "gid", "wait"];
 
 /// Options without one.
-pub(super) const FLAGS: [&str; 3] = ["required", "exclusive", "children"];
+pub const FLAGS: [&str; 3] = ["required", "exclusive", "children"];
 
 struct Reader<'a> {
     text: &'a str,

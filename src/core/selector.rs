@@ -89,7 +89,7 @@ pub enum Key {
 }
 
 /// The keys without a name behind them.
-pub(super) static KEYS: [(&str, Key); 11] = [
+pub static KEYS: [(&str, Key); 11] = [
     ("subsystem", Key::Subsystem),
     ("devname", Key::Devname),
     ("driver", Key::Driver),
@@ -102,6 +102,12 @@ pub(super) static KEYS: [(&str, Key); 11] = [
     ("seat", Key::Seat),
     ("tag", Key::Tag),
 ];
+
+/// The keys whose values are more than a glob: USB ids, a hub's terms, a category.
+pub const SPECIAL_KEYS: [&str; 3] = ["usb", "parent", "category"];
+
+/// What the keys with a name behind them begin with.
+pub const KEY_PREFIXES: [&str; 3] = ["env.", "attr.", "attrs."];
 
 impl Selector {
     /// Whether the device is meant.
@@ -187,6 +193,16 @@ impl Test {
 }
 
 impl Key {
+    /// All values that the device has of it.
+    pub fn values(&self, facts: &Facts<'_>) -> Vec<String> {
+        let mut all = Vec::new();
+        self.any(facts, &mut |value| {
+            all.push(value.to_owned());
+            false
+        });
+        all
+    }
+
     /// Whether a value passes the test.
     fn any(&self, facts: &Facts<'_>, test: &mut dyn FnMut(&str) -> bool) -> bool {
         let device = facts.device;

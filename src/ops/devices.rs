@@ -66,7 +66,7 @@ fn info(facts: &Facts<'_>, categories: &Categories) -> DeviceInfo {
 }
 
 /// Sorts `ttyUSB10` behind `ttyUSB9`.
-fn natural(node: &str) -> (&str, usize, &str) {
+pub(crate) fn natural(node: &str) -> (&str, usize, &str) {
     let stem = node.trim_end_matches(|one: char| one.is_ascii_digit());
     (stem, node.len(), node)
 }
