@@ -31,6 +31,7 @@ tier_style() {
         check bash -n "$script"
     done
     check unit_is_valid
+    check manual_is_valid
     # Not a dependency: it is run where a developer has it.
     if command -v shellcheck >/dev/null; then
         check shellcheck --severity=warning --external-sources scripts/*.sh scripts/lab/*.sh tests/bench/*.sh .ci/run
@@ -66,6 +67,20 @@ unit_is_valid() {
         status=1
     fi
     rm -r "$scratch"
+    return "$status"
+}
+
+# man's own check of the pages: whatever it warns of is a failure.
+manual_is_valid() {
+    local page said status=0
+    for page in man/*; do
+        said=$(LC_ALL=C.UTF-8 MANROFFSEQ='' man --warnings --encoding=UTF-8 --local-file --troff-device=utf8 --ditroff \
+            "$page" 2>&1 >/dev/null) || status=1
+        if [[ -n $said ]]; then
+            printf '%s: %s\n' "$page" "$said" >&2
+            status=1
+        fi
+    done
     return "$status"
 }
 
@@ -159,10 +174,12 @@ prepare() {
     local tier packages=(libudev-dev pkg-config gcc libc6-dev)
     for tier in "$@"; do
         case $tier in
-        style) packages+=(systemd) ;;
+        style) packages+=(systemd man-db groff-base) ;;
         fuzz) packages+=(g++) ;;
         kernel) packages+=(iproute2 busybox-static) ;;
-        runtime | readme) packages+=(podman runc crun conmon busybox-static uidmap udev kmod iproute2 systemd) ;;
+        runtime) packages+=(podman runc crun conmon busybox-static uidmap udev kmod iproute2 systemd) ;;
+        # The shells are for the completion.
+        readme) packages+=(podman runc crun conmon busybox-static uidmap udev kmod iproute2 bash-completion zsh fish) ;;
         bookworm | trixie) ;; # scripts/lab.sh knows what it needs
         esac
     done

@@ -38,7 +38,7 @@ pub struct Cli {
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 no such container, 4 no such device, 5 refused, 6 timed out.\n\
                           CTR is a container's name, id, beginning of an id, ENGINE:NAME or pid:N;\n\
                           ENGINE is podman, docker, containerd, lxc, incus or nspawn.\n\
-                          SELECTOR is a list such as ttyUSB,usb=10c4:ea60,serial=A1B2; see the README.";
+                          SELECTOR is a list such as ttyUSB,usb=10c4:ea60,serial=A1B2; see qm-hotplug-selectors(7).";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
