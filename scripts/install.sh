@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs qm-hotplug: the program, the OCI hook and the systemd service.
+# Installs qm-hotplug: the program, the OCI hook, the systemd service, the manual and what shells complete by.
 #   scripts/install.sh [--destdir DIR] [--prefix /usr] [--binary PATH]
 #   scripts/install.sh --uninstall [--destdir DIR] [--prefix /usr]
 # --destdir   install below DIR, for packages; nothing is started or stopped then
@@ -53,6 +53,16 @@ hook_links=$destdir$prefix/libexec/oci/hooks.d
 unit=$destdir$prefix/lib/systemd/system/qm-hotplug.service
 socket=$destdir$prefix/lib/systemd/system/qm-hotplug.socket
 group=$destdir$prefix/lib/sysusers.d/qm-hotplug.conf
+manual=$destdir$prefix/share/man
+bash_completion=$destdir$prefix/share/bash-completion/completions/qm-hotplug
+fish_completion=$destdir$prefix/share/fish/vendor_completions.d/qm-hotplug.fish
+# Debian's zsh looks for those of packages in a directory of its own.
+zsh_completions=("$destdir$prefix"/share/zsh/{site-functions,vendor-completions}/_qm-hotplug)
+if [[ $prefix == /usr && -e /etc/debian_version ]]; then
+    zsh_completion=${zsh_completions[1]}
+else
+    zsh_completion=${zsh_completions[0]}
+fi
 
 # Whether this is about the running system, systemd runs it, and looks for units there.
 has_systemd() {
@@ -74,7 +84,18 @@ for_prefix() {
     sed "s#/usr/bin/qm-hotplug#$prefix/bin/qm-hotplug#" "$1"
 }
 
+# The program itself says how a shell is to ask it, so that both are always of one version.
+put_completions() {
+    local program=$prefix/bin/qm-hotplug
+    put 0644 "$bash_completion" <<<"source <(COMPLETE=bash $program 2>/dev/null)"
+    put 0644 "$fish_completion" <<<"COMPLETE=fish $program 2>/dev/null | source"
+    # Read at the first Tab, which is to be answered too.
+    printf '%s\n' '#compdef qm-hotplug' "source <(COMPLETE=zsh $program 2>/dev/null)" \
+        '_clap_dynamic_completer_qm_hotplug "$@"' | put 0644 "$zsh_completion"
+}
+
 install_all() {
+    local page
     if [[ -z $binary ]]; then
         # libudev's headers; gcc links.
         install_missing libudev-dev pkg-config gcc libc6-dev
@@ -85,12 +106,17 @@ install_all() {
     for_prefix "$root/units/qm-hotplug.service" | put 0644 "$unit"
     put 0644 "$socket" <"$root/units/qm-hotplug.socket"
     put 0644 "$group" <"$root/units/qm-hotplug.sysusers"
+    for page in "$root"/man/*; do
+        put 0644 "$manual/man${page##*.}/${page##*/}" <"$page"
+    done
+    put_completions
     # Last: from here on containers are started through the program.
     for_prefix "$root/hooks/qm-hotplug.json" | put 0644 "$hook"
     say "installed $program"
     say "installed $unit, with $(basename "$socket")"
     say "installed $group"
     say "installed $hook"
+    say "installed the manual below $manual: man qm-hotplug"
     if [[ $prefix != /usr ]]; then
         say "Podman looks for hooks in /usr/share/containers/oci/hooks.d: add $prefix/share/containers/oci/hooks.d to hooks_dir in containers.conf"
     fi
@@ -129,7 +155,9 @@ uninstall_all() {
             rmdir /run/qm-hotplug 2>/dev/null || true
         fi
     fi
-    rm -f "$unit" "$socket" "$group" "$program"
+    rm -f "$unit" "$socket" "$group" "$program" "$bash_completion" "$fish_completion" "${zsh_completions[@]}"
+    # Those of an older version may have other names.
+    rm -f "$manual"/man?/qm-hotplug{,-*,.toml}.?
     if has_systemd; then
         systemctl daemon-reload
         systemctl reset-failed --quiet qm-hotplug.service 2>/dev/null || true

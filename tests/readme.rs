@@ -1,6 +1,8 @@
 //! README.md, word for word where it can be: each of its commands is run here, or named as one of another tier. With
 //! the demo and the installation. Needs root and podman.
 
+#[path = "readme/completion.rs"]
+mod completion;
 #[path = "readme/install.rs"]
 mod install;
 #[path = "support/mod.rs"]
@@ -98,6 +100,8 @@ fn main() {
             trial("installed_files_carry_their_prefix", install::installed_files_carry_their_prefix),
             trial("installed_hook_opens_devices_at_start", install::installed_hook_opens_devices_at_start),
             trial("links_act_as_the_hooks_of_containers_qm", links_act_as_the_hooks_of_containers_qm),
+            trial("shells_complete_what_is_there", completion::shells_complete_what_is_there),
+            trial("completion_is_silent_and_changes_nothing", completion::completion_is_silent_and_changes_nothing),
             trial("the_configuration_is_valid", the_configuration_is_valid),
             trial("uninstall_takes_everything_out", install::uninstall_takes_everything_out),
             trial("scripts_say_what_they_need", scripts_say_what_they_need),

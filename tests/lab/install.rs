@@ -10,12 +10,19 @@ use crate::vm::{SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("install::service_hook_and_removal", service_hook_and_removal)];
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 12] = [
     "/usr/bin/qm-hotplug",
     "/usr/share/containers/oci/hooks.d/qm-hotplug.json",
     "/usr/lib/systemd/system/qm-hotplug.service",
     "/usr/lib/systemd/system/qm-hotplug.socket",
     "/usr/lib/sysusers.d/qm-hotplug.conf",
+    "/usr/share/man/man1/qm-hotplug.1",
+    "/usr/share/man/man1/qm-hotplug-explain.1",
+    "/usr/share/man/man5/qm-hotplug.toml.5",
+    "/usr/share/man/man7/qm-hotplug-selectors.7",
+    "/usr/share/bash-completion/completions/qm-hotplug",
+    "/usr/share/zsh/vendor-completions/_qm-hotplug",
+    "/usr/share/fish/vendor_completions.d/qm-hotplug.fish",
 ];
 
 /// The installation; uninstalled on drop.

@@ -6,7 +6,7 @@ use crate::support::podman::Container;
 use crate::support::{self, Agent, BINARY, Said, assert_nothing_left, run};
 
 /// `scripts/install.sh` of the README, with the binary under test.
-fn install(options: &[&str]) -> Said {
+pub(super) fn install(options: &[&str]) -> Said {
     run("bash", &[&["scripts/install.sh"], options].concat())
 }
 
@@ -26,6 +26,16 @@ pub(crate) fn installed_files_carry_their_prefix() {
         |installed: &str, ours: &str| assert_eq!(std::fs::read(at(installed)).unwrap(), std::fs::read(ours).unwrap());
     same("usr/lib/systemd/system/qm-hotplug.socket", "units/qm-hotplug.socket");
     same("usr/lib/sysusers.d/qm-hotplug.conf", "units/qm-hotplug.sysusers");
+    for page in std::fs::read_dir("man").unwrap().map(|entry| entry.unwrap().path()) {
+        let (name, section) = (page.file_name().unwrap(), page.extension().unwrap().to_str().unwrap());
+        let installed = at(&format!("usr/share/man/man{section}")).join(name);
+        assert_eq!(std::fs::read(installed).unwrap(), std::fs::read(&page).unwrap(), "{}", page.display());
+    }
+    // Where Debian's shells look for those of packages; with another prefix they are tried.
+    for file in ["bash-completion/completions/qm-hotplug", "zsh/vendor-completions/_qm-hotplug"] {
+        let text = std::fs::read_to_string(at("usr/share").join(file)).unwrap();
+        assert!(text.contains(" /usr/bin/qm-hotplug 2>/dev/null)\n"), "{file}: {text}");
+    }
     for _ in 0..2 {
         install(&["--destdir", destdir, "--uninstall"]).ok();
     }
