@@ -28,6 +28,11 @@ pub fn socket_path() -> PathBuf {
     PathBuf::from(RUN_DIRECTORY).join(INTERFACE)
 }
 
+/// Whether an agent runs, as far as it can be connected to.
+pub fn is_there() -> bool {
+    UnixStream::connect(socket_path()).is_ok()
+}
+
 /// A connection to the agent; `None` if none runs.
 fn connect() -> Result<Option<UnixStream>> {
     let path = socket_path();

@@ -10,8 +10,8 @@ use crate::core::protocol::Request;
 use crate::core::text::excerpt;
 use crate::error::{Error, Result};
 use crate::ops::Executor;
+use crate::ops::intention::meant;
 use crate::ops::live::{lookup, subject};
-use crate::ops::request::meant;
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::udev;
 use crate::sys::user::{Account, group_name};
@@ -99,6 +99,6 @@ fn may_detach(
         !is_kept && ours.may(&container, facts.as_ref())
     };
     // Where there is nothing to take back, that is said to whoever may change the container.
-    let meant = meant(&executor.ledger, &container, device);
+    let meant = meant(executor.ledger.entries(), &container, device);
     Ok(if meant.is_empty() { ours.may(&container, None) } else { meant.iter().all(may) })
 }

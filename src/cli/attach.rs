@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clap_complete::ArgValueCompleter;
 
 use crate::cli::complete::{containers, devices_or_selector};
-use crate::cli::{Done, absolute, change, output};
+use crate::cli::{Done, absolute, change, dry_run, output};
 use crate::config;
 use crate::core::container::Reference;
 use crate::core::destination;
@@ -17,8 +17,10 @@ use crate::core::info::GrantInfo;
 use crate::core::protocol::{Attach, OneGrant, Persist, Request};
 use crate::core::selection::{Group, Options, Selection, duration};
 use crate::error::{Error, Result};
+use crate::ops::intention::steps_of_attach;
 use crate::ops::live::lookup;
 use crate::sys::arrival::Arrivals;
+use crate::sys::cgroup::CgroupRoot;
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::udev;
 use crate::{ops, runtime};
@@ -57,6 +59,9 @@ pub struct Args {
     /// Keep it: give it to the container again after its restart and after the machine's, whenever the device is plugged in
     #[arg(long, conflicts_with = "all")]
     persist: bool,
+    /// Print what would be done, and do nothing
+    #[arg(long, conflicts_with = "json")]
+    dry_run: bool,
     /// Print the grant as JSON; with --all an array
     #[arg(long)]
     json: bool,
@@ -100,6 +105,11 @@ pub(super) fn run(args: Args) -> Result<()> {
     for (device, typed) in nodes {
         let destination = destination.clone().unwrap_or(typed);
         let persist = persist(&device);
+        if args.dry_run {
+            let request = request(&args, &options, device, &destination, persist)?;
+            dry_run(|entries, containers| steps_of_attach(&CgroupRoot::find()?, entries, containers, &request))?;
+            continue;
+        }
         match attach(&args, &options, device, &destination, persist) {
             Ok((grant, by_agent)) => {
                 if !by_agent && grants.is_empty() {
@@ -144,10 +154,28 @@ fn attach(
     destination: &str,
     persist: Option<Persist>,
 ) -> Result<(GrantInfo, bool)> {
+    let request = request(args, options, device, destination, persist)?;
+    let done = change(&Request::Attach(request.clone()), |executor| {
+        ops::request::attach(executor, &runtime::scan(), &request).map(|grant| OneGrant { grant })
+    })?;
+    Ok(match done {
+        Done::ByAgent(OneGrant { grant }) => (grant, true),
+        Done::Here(OneGrant { grant }) => (grant, false),
+    })
+}
+
+/// What is asked for.
+fn request(
+    args: &Args,
+    options: &Options,
+    device: String,
+    destination: &str,
+    persist: Option<Persist>,
+) -> Result<Attach> {
     let destination = destination::check(destination)
         .map_err(|reason| Error::BadDestination { path: destination.to_owned(), reason })?;
     let gid = options.gid.as_ref().and_then(|gid| if let Group::Number(gid) = gid { Some(*gid) } else { None });
-    let request = Attach {
+    Ok(Attach {
         container: args.container.clone(),
         device,
         destination: Some(destination),
@@ -156,13 +184,6 @@ fn attach(
         uid: args.uid.or(options.uid),
         gid: args.gid.or(gid),
         persist,
-    };
-    let done = change(&Request::Attach(request.clone()), |executor| {
-        ops::request::attach(executor, &runtime::scan(), &request).map(|grant| OneGrant { grant })
-    })?;
-    Ok(match done {
-        Done::ByAgent(OneGrant { grant }) => (grant, true),
-        Done::Here(OneGrant { grant }) => (grant, false),
     })
 }
 

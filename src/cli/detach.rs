@@ -2,10 +2,13 @@
 
 use clap_complete::ArgValueCompleter;
 
+use crate::agent::client;
 use crate::cli::complete::{containers_and_kept, granted};
-use crate::cli::{Done, change, output};
+use crate::cli::{Done, change, dry_run, output};
 use crate::core::protocol::{Detach, Grants, Request};
 use crate::error::Result;
+use crate::ops::intention::steps_of_detach;
+use crate::ops::persist::Persisted;
 use crate::{ops, runtime};
 
 /// Arguments of `detach`.
@@ -17,6 +20,9 @@ pub struct Args {
     /// Path of the node in the container, or of the device on the host
     #[arg(value_name = "DEV|DEST", add = ArgValueCompleter::new(granted))]
     device: String,
+    /// Print what would be done, and do nothing
+    #[arg(long, conflicts_with = "json")]
+    dry_run: bool,
     /// Print the grants that are gone as JSON
     #[arg(long)]
     json: bool,
@@ -25,6 +31,12 @@ pub struct Args {
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
     let request = Detach { container: args.container, device: args.device };
+    if args.dry_run {
+        let agent = client::is_there();
+        return dry_run(|entries, containers| {
+            steps_of_detach(entries, &Persisted::look(), containers, &request, agent)
+        });
+    }
     let here = |executor: &mut ops::Executor| {
         ops::request::detach(executor, &runtime::scan(), &request, false).map(|grants| Grants { grants })
     };

@@ -30,8 +30,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     let device = absolute(&args.device)?;
     let request = Explain { container: args.container.clone(), device: device.clone() };
     let explained: Explained = look(&Request::Explain(request), "explanation", || {
-        let agent = std::os::unix::net::UnixStream::connect(client::socket_path()).is_ok();
-        explain(&runtime::scan(), &args.container, &device, agent)
+        explain(&runtime::scan(), &args.container, &device, client::is_there())
     })?;
     if args.json {
         return output::json(&explained);

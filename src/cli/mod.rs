@@ -20,11 +20,17 @@ use std::time::{Duration, Instant};
 use clap::{Parser, Subcommand};
 
 use crate::agent::client;
+use crate::core::container::Container;
+use crate::core::ledger::Entry;
+use crate::core::plan::Step;
 use crate::core::protocol::Request;
 use crate::error::{Error, Result};
-use crate::ops::Executor;
+use crate::ops::store::{self, Store};
+use crate::ops::{Executor, RUN_DIRECTORY};
 use crate::precreate::discovery::Host;
 use crate::precreate::{self, Hook, Surroundings};
+use crate::runtime;
+use crate::sys::host::require_fitness;
 
 /// Hot-plugged devices in running containers.
 #[derive(Debug, Parser)]
@@ -123,6 +129,17 @@ fn look<T: serde::de::DeserializeOwned>(request: &Request, field: &str, here: im
     let Some(mut answer) = client::call::<serde_json::Value>(request)? else { return here() };
     serde_json::from_value(answer[field].take())
         .map_err(|error| Error::BadFile { path: client::socket_path(), reason: format!("the agent's answer: {error}") })
+}
+
+/// Prints the steps that would be taken, by what is in force now.
+fn dry_run(steps: impl FnOnce(&[Entry], &[Container]) -> Result<Vec<Step>>) -> Result<()> {
+    require_fitness()?;
+    let entries = Store::peek(RUN_DIRECTORY.as_ref(), store::warn)?;
+    let steps = steps(&entries, &runtime::scan())?;
+    if steps.is_empty() {
+        return output::line("nothing would be done");
+    }
+    steps.iter().try_for_each(|step| output::line(&format!("would {step}")))
 }
 
 /// What came of asking for something to be done.

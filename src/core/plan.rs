@@ -4,9 +4,10 @@
 //! it is when its turn comes, because a change before it may have failed.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 
 use crate::core::device::{Access, Number};
-use crate::core::ledger::{Entry, Grant, Holder, Origin, Placement};
+use crate::core::ledger::{Entry, Grant, Holder, Node, Origin, Placement};
 
 /// One grant to make, or one to take back.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +56,37 @@ pub enum Step {
         /// Outermost first.
         directories: Vec<String>,
     },
+}
+
+/// As `--dry-run` tells it.
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::Record(_) => f.write_str("write the grant into the ledger"),
+            Step::Leave(_) => f.write_str("write into the ledger that it goes"),
+            Step::Forget(_) => f.write_str("strike it from the ledger"),
+            Step::Mark(holder) => write!(f, "mark the cgroup {}", holder.cgroup),
+            Step::Unmark(holder) => write!(f, "take the mark from the cgroup {}", holder.cgroup),
+            Step::Allow { number, before, after, .. } if before == after => {
+                write!(f, "leave the right on {number} in the device filter as it is, {after}")
+            }
+            Step::Allow { number, after, .. } if after.is_none() => {
+                write!(f, "take the right on {number} out of the device filter")
+            }
+            Step::Allow { number, after, .. } => write!(f, "allow {after} on {number} in the device filter"),
+            Step::MakeNode(grant) => {
+                let Node { path, uid, gid, mode, link_to } = &grant.node;
+                match link_to {
+                    Some(target) => write!(f, "make the link {path} to {target}"),
+                    None => write!(f, "make the node {path} of {}, {mode:04o} {uid}:{gid}", grant.device.number),
+                }
+            }
+            Step::RemoveNode { grant, directories } => {
+                write!(f, "remove the node {}", grant.node.path)?;
+                directories.last().map_or(Ok(()), |last| write!(f, ", and {last} if it is empty"))
+            }
+        }
+    }
 }
 
 impl Step {

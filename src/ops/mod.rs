@@ -7,6 +7,7 @@ pub mod doctor;
 pub mod explain;
 mod files;
 mod inspect;
+pub mod intention;
 pub mod live;
 pub mod mirror;
 mod mirrors;

@@ -3,100 +3,38 @@
 use std::cell::LazyCell;
 use std::collections::BTreeMap;
 
-use crate::config;
-use crate::core::attachment::{Attached, Attachment, Lasting};
+use crate::core::attachment::{Attached, Attachment};
 use crate::core::container::{Container, Reference};
-use crate::core::destination;
-use crate::core::device::{Access, Device};
-use crate::core::facts::Facts;
 use crate::core::info::{GrantInfo, StatusInfo, right};
-use crate::core::ledger::{Entry, Grant, Granted, Holder, Node, Origin};
+use crate::core::ledger::{Entry, Origin};
 use crate::core::mirror::Wish;
 use crate::core::plan::Change;
-use crate::core::protocol::{Attach, Detach, List, Persist};
-use crate::core::selection::{Group, Options};
+use crate::core::protocol::{Attach, Detach, List};
 use crate::error::{Error, Result};
 use crate::ops::Executor;
-use crate::ops::inspect::is_of;
-use crate::ops::live::{hold, lookup};
+use crate::ops::intention::{Intention, Leaving, There, attaching, detaching};
+use crate::ops::live::lookup;
 use crate::ops::persist::Persisted;
-use crate::ops::store::Store;
 use crate::runtime;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::device_filter::DeviceFilter;
 use crate::sys::process::{holders_of, is_gone, sharing_mounts};
-use crate::sys::sysfs::KernelSysfs;
 use crate::sys::udev;
 
 /// Gives a container a device. Asking again for the same changes nothing.
 pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attach) -> Result<GrantInfo> {
-    let reference = Reference::parse(&request.container).map_err(Error::Usage)?;
-    let destination = request.destination.as_deref().unwrap_or(&request.device);
-    let path = destination::check(destination)
-        .map_err(|reason| Error::BadDestination { path: destination.to_owned(), reason })?;
-    // The command line checks this too; a program that talks to the agent's socket may not.
-    if let Some(mode) = request.mode.filter(|mode| *mode > 0o777) {
-        return Err(Error::Usage(format!("mode {mode:o} is more than permission bits: give at most 777")));
-    }
-    let container = lookup(containers, &reference)?;
-    let device = udev::by_path(&request.device)?;
-    let holder = hold(&executor.cgroups, &container)?;
-    let node = Node {
-        path,
-        uid: request.uid.unwrap_or(device.uid),
-        gid: request.gid.unwrap_or(device.gid),
-        mode: request.mode.unwrap_or(device.mode),
-        link_to: None,
-    };
-    let alone = |entry: &&Entry| {
-        let grant = &entry.grant;
-        let is_heard = [0, holder.user].contains(&grant.holder.user);
-        grant.exclusive && is_heard && grant.device.identity == device.identity && !grant.holder.is_same_run(&holder)
-    };
-    if let Some(entry) = executor.ledger.entries().find(alone) {
-        let (holder, node) = (entry.grant.holder.label(), &device.node);
-        let reason = format!("container {holder} has {node}, and only one may: it is free when that ends");
-        return Err(Error::Refused { container: container.label().to_owned(), reason });
-    }
-    let lasting = match &request.persist {
-        Some(persist) => Some(for_good(request, persist, &container, &device, &node)?),
-        None => None,
-    };
-    let grant = Grant {
-        holder,
-        device: Granted::from(&device),
-        access: request.access.unwrap_or(Access::ALL),
-        node,
-        origin: if lasting.is_some() { Origin::Persist } else { Origin::Manual },
-        at_start: false,
-        exclusive: false,
-    };
-    if let Some(entry) = at_path(&executor.ledger, &grant.holder, &grant.node.path).cloned() {
-        let is_settled = entry.is_settled();
-        let is_by_rule = matches!(entry.grant.origin, Origin::Rule(_)) && lasting.is_some();
-        if is_settled && entry.grant.is_same(&grant) && entry.grant.node == grant.node && !is_by_rule {
+    let Intention { container, grant, lasting, there } =
+        attaching(&executor.cgroups, executor.ledger.entries(), containers, request)?;
+    match there {
+        Some(There::Same(entry)) => {
             executor.mark(&grant.holder)?;
             let Some((container, device)) = lasting else { return Ok(GrantInfo::from(&entry)) };
             executor.persisted.add(container, device)?;
             executor.ledger.set_origin(&grant, Origin::Persist)?;
             return Ok(GrantInfo::from(&Entry { grant, ..entry }));
         }
-        if is_settled && udev::is_present(&entry.grant.device.identity) {
-            return Err(Error::Refused {
-                container: container.label().to_owned(),
-                reason: format!(
-                    "{} is already {} with access {}, {}",
-                    entry.grant.node.path,
-                    entry.grant.device.node,
-                    entry.grant.access,
-                    match &entry.grant.origin {
-                        Origin::Manual | Origin::Persist => "attached by hand: detach it first".to_owned(),
-                        Origin::Rule(category) => format!("granted by its rule {category}: name another DEST"),
-                    }
-                ),
-            });
-        }
-        executor.carry_out(&Change::Remove { entry, unplugged: false })?;
+        Some(There::Stale(entry)) => drop(executor.carry_out(&Change::Remove { entry, unplugged: false })?),
+        None => {}
     }
     // Written down before the act, like everything.
     let before = match lasting {
@@ -123,52 +61,6 @@ pub fn attach(executor: &mut Executor, containers: &[Container], request: &Attac
     }
 }
 
-/// What is to be written down of a device that is attached for good.
-fn for_good(
-    request: &Attach,
-    persist: &Persist,
-    container: &Container,
-    device: &Device,
-    node: &Node,
-) -> Result<(Lasting, Attachment)> {
-    let refuse = |reason: String| Error::Refused { container: container.label().to_owned(), reason };
-    let lasting = Lasting::of(container)
-        .ok_or_else(|| refuse("a process has no name that outlives it: name a container for --persist".into()))?;
-    let options = Options {
-        path: Some(node.path.clone()),
-        access: request.access,
-        mode: request.mode,
-        uid: request.uid,
-        gid: request.gid.map(Group::Number),
-        ..Options::default()
-    };
-    let (sysfs, selector) = (KernelSysfs::default(), persist.selector.as_deref());
-    let categories = config::settings_or_warn().categories;
-    let facts = Facts::new(device, &sysfs);
-    let attachment = Attachment::new(&facts, &persist.typed, selector, &options, node, &categories);
-    Ok((lasting, attachment.map_err(|reason| refuse(format!("--persist: {reason}")))?))
-}
-
-fn at_path<'a>(ledger: &'a Store, holder: &Holder, path: &str) -> Option<&'a Entry> {
-    ledger.of(&holder.id).find(|entry| entry.grant.holder.is_same_run(holder) && entry.grant.node.path == path)
-}
-
-/// The grants of this run of the container that `device` stands for: the one with that path inside, else every one of
-/// that device of the host.
-pub fn meant(ledger: &Store, container: &Container, device: &str) -> Vec<Entry> {
-    let path = destination::check(device).unwrap_or_else(|_| device.to_owned());
-    let all = || ledger.of(&container.id).filter(|entry| is_of(entry, container));
-    let at_path: Vec<Entry> = all().filter(|entry| entry.grant.node.path == path).cloned().collect();
-    if !at_path.is_empty() {
-        return at_path;
-    }
-    // The device may be named by any link to it, and may be unplugged already.
-    let identity = udev::by_path(device).ok().map(|device| device.identity);
-    let names =
-        |entry: &&Entry| entry.grant.device.node == device || Some(&entry.grant.device.identity) == identity.as_ref();
-    all().filter(names).cloned().collect()
-}
-
 /// Takes devices back: the grant with that path inside, else every grant of that device. The note of each says who in
 /// the container has it open still.
 ///
@@ -179,39 +71,8 @@ pub fn detach(
     request: &Detach,
     agent: bool,
 ) -> Result<Vec<GrantInfo>> {
-    let reference = Reference::parse(&request.container).map_err(Error::Usage)?;
-    let container = match lookup(containers, &reference) {
-        // What was attached for good is there also while it does not run.
-        Err(Error::NoSuchContainer(_)) if executor.persisted.named(&reference, None).is_some() => None,
-        container => Some(container?),
-    };
-    let matching = match &container {
-        Some(container) => meant(&executor.ledger, container, &request.device),
-        None => Vec::new(),
-    };
-    let attached = executor.persisted.named(&reference, container.as_ref()).cloned();
-    let is_matching = |path: &String| matching.iter().any(|entry| entry.grant.node.path == *path);
-    let struck = attached.iter().flat_map(|it| &it.devices);
-    let struck: Vec<Attachment> = struck
-        .filter(|device| is_matching(&device.node.path) || matching.is_empty() && device.is_named(&request.device))
-        .cloned()
-        .collect();
-    if matching.is_empty() && struck.is_empty() {
-        let label = container.as_ref().map_or(request.container.as_str(), Container::label).to_owned();
-        return Err(Error::NoSuchGrant { container: label, device: request.device.clone() });
-    }
-    if let Some((entry, category)) = matching.iter().find_map(|entry| match &entry.grant.origin {
-        Origin::Rule(category) if agent => Some((entry, category)),
-        _ => None,
-    }) {
-        return Err(Error::Refused {
-            container: entry.grant.holder.label().to_owned(),
-            reason: format!(
-                "{} is granted by its rule {category} and would come back at once: take that out of its annotations, or out of the configuration",
-                entry.grant.node.path
-            ),
-        });
-    }
+    let Leaving { matching, attached, struck } =
+        detaching(executor.ledger.entries(), &executor.persisted, containers, request, agent)?;
     let mut gone = Vec::new();
     for (attached, device) in attached.iter().flat_map(|it| struck.iter().map(move |device| (it, device))) {
         // First of all, so that nothing brings it back.

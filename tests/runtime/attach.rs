@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::Case;
 use crate::plug::{block, console, one_of_each};
-use crate::state::{entries, entries_of, programs_on};
+use crate::state::{entries, entries_of, observe, programs_on};
 use crate::support::podman::{Container, podman};
 use crate::support::{grants, qm, wait_for};
 
@@ -19,6 +19,7 @@ pub(crate) const CASES: &[Case] = &[
     ("attach::two_destinations_of_one_device", two_destinations_of_one_device),
     ("attach::every_way_to_name_a_container", every_way_to_name_a_container),
     ("attach::list_shows_what_is_in_force", list_shows_what_is_in_force),
+    ("attach::a_dry_run_tells_and_does_nothing", a_dry_run_tells_and_does_nothing),
     ("attach::a_paused_container_has_it_when_it_goes_on", a_paused_container_has_it_when_it_goes_on),
 ];
 
@@ -234,4 +235,43 @@ fn a_paused_container_has_it_when_it_goes_on(runtime: &str) {
     qm(&["attach", &c.name, &device.path]).ok();
     podman(&["unpause", &c.name]).ok();
     assert!(c.opens("<>", &device.path));
+}
+
+fn a_dry_run_tells_and_does_nothing(runtime: &str) {
+    let (device, other) = (block(41).owned_by(7, 8, 0o640), block(42));
+    let c = Container::start(runtime, "qmh-dry", &[]);
+    let (cgroup, pid) = (c.cgroup(), [c.pid()]);
+    let cgroup = cgroup.strip_prefix("/sys/fs/cgroup").unwrap_or(&cgroup).to_owned();
+    let dry = |args: &[&str]| qm(&[args, &["--dry-run"]].concat()).ok();
+    let before = observe(&pid);
+    let attach = ["attach", &*c.name, &*device.path, "/dev/x"];
+    assert_eq!(
+        dry(&attach),
+        format!(
+            "would write the grant into the ledger\n\
+             would mark the cgroup {cgroup}\n\
+             would allow rwm on b 7:41 in the device filter\n\
+             would make the node /dev/x of b 7:41, 0640 7:8\n"
+        )
+    );
+    assert_eq!(observe(&pid), before);
+    qm(&attach).ok();
+    let before = observe(&pid);
+    assert_eq!(dry(&attach), "nothing would be done\n");
+    // A second one needs no second mark, and a path that is taken is refused as without --dry-run.
+    assert!(!dry(&["attach", &c.name, &other.path]).contains("mark"));
+    qm(&["attach", "--dry-run", &c.name, &other.path, "/dev/x"]).fails(5, "attached by hand: detach it first");
+    qm(&["detach", "--dry-run", &c.name, &other.path]).fails(4, "42");
+    assert_eq!(
+        dry(&["detach", &c.name, "/dev/x"]),
+        format!(
+            "would write into the ledger that it goes\n\
+             would take the right on b 7:41 out of the device filter\n\
+             would remove the node /dev/x\n\
+             would take the mark from the cgroup {cgroup}\n\
+             would strike it from the ledger\n"
+        )
+    );
+    assert_eq!(observe(&pid), before);
+    assert!(c.opens("<>", "/dev/x"));
 }
