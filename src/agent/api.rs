@@ -11,12 +11,13 @@ use std::time::Duration;
 
 use nix::unistd::Group;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 use tokio::time::{sleep, timeout};
 
 use crate::agent::conversation;
 use crate::agent::monitors::Monitors;
+use crate::core::operator::Caller;
 use crate::core::protocol::{Reply, Request};
 use crate::error::{Error, Result};
 use crate::sys::activation;
@@ -43,6 +44,8 @@ pub(super) struct Peer {
 pub(super) struct Call {
     pub(super) request: Request,
     pub(super) peer: Peer,
+    /// Who that is, where it decides what may be changed.
+    pub(super) caller: Option<Caller>,
     pub(super) answer: oneshot::Sender<Reply>,
 }
 
@@ -120,19 +123,27 @@ async fn serve(listener: Listener, is_ours: bool, caller: &mpsc::Sender<Call>, m
         Ok(listener) => listener,
         Err(error) => return tracing::error!("nobody can call: {error}"),
     };
-    let (mut callers, seats) = (JoinSet::new(), Rc::<RefCell<HashMap<u32, usize>>>::default());
+    let (mut callers, users) = (JoinSet::new(), Users::default());
     let let_in = |callers: &mut JoinSet<()>, stream: UnixStream| {
         let Ok(credentials) = stream.peer_cred() else { return };
         let peer = Peer { uid: credentials.uid(), pid: credentials.pid().unwrap_or(0) };
-        match Seat::take(&seats, peer.uid) {
+        match Seat::take(&users, peer.uid) {
             Some(seat) => {
-                let (caller, monitors) = (caller.clone(), monitors.clone());
+                let (turn, caller, monitors) = (Rc::clone(&seat.turn), caller.clone(), monitors.clone());
                 callers.spawn_local(async move {
-                    conversation::lead(stream, peer, caller, monitors).await;
+                    conversation::lead(stream, peer, turn, caller, monitors).await;
                     drop(seat);
                 });
             }
-            None => tracing::warn!("uid {} (pid {}) has {MOST} connections, and gets no more", peer.uid, peer.pid),
+            None => {
+                let container = format!("uid {}", peer.uid);
+                tracing::warn!(
+                    container,
+                    "pid {} of uid {} has {MOST} connections, and gets no more",
+                    peer.pid,
+                    peer.uid
+                );
+            }
         }
     };
     loop {
@@ -156,26 +167,30 @@ async fn serve(listener: Listener, is_ours: bool, caller: &mpsc::Sender<Call>, m
     while callers.join_next().await.is_some() {}
 }
 
+/// Those who are connected, by uid: how many connections each has, and whose turn it is to look into something.
+type Users = Rc<RefCell<HashMap<u32, (usize, Rc<Mutex<()>>)>>>;
+
 /// One of a user's connections.
 struct Seat {
     uid: u32,
-    seats: Rc<RefCell<HashMap<u32, usize>>>,
+    turn: Rc<Mutex<()>>,
+    users: Users,
 }
 
 impl Seat {
-    fn take(seats: &Rc<RefCell<HashMap<u32, usize>>>, uid: u32) -> Option<Seat> {
-        let mut all = seats.borrow_mut();
-        let count = all.entry(uid).or_default();
+    fn take(users: &Users, uid: u32) -> Option<Seat> {
+        let mut all = users.borrow_mut();
+        let (count, turn) = all.entry(uid).or_default();
         let has_room = *count < MOST;
         *count += usize::from(has_room);
-        has_room.then(|| Seat { uid, seats: Rc::clone(seats) })
+        has_room.then(|| Seat { uid, turn: Rc::clone(turn), users: Rc::clone(users) })
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let mut all = self.seats.borrow_mut();
-        if let Some(count) = all.get_mut(&self.uid) {
+        let mut all = self.users.borrow_mut();
+        if let Some((count, _)) = all.get_mut(&self.uid) {
             *count -= 1;
             if *count == 0 {
                 all.remove(&self.uid);

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::core::event::Event;
-use crate::core::protocol::{INTERFACE, Incoming, Monitor, Reply, Request, frame};
+use crate::core::protocol::{Attach, INTERFACE, Incoming, Monitor, Reply, Request, frame};
 use crate::error::{Error, Result};
 use crate::ops::RUN_DIRECTORY;
 
@@ -21,7 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 const NO_ENTRY: &str =
     "talking to the agent and changing containers needs root: run it with sudo, or be in the group qm-hotplug";
-const DENIED: &str = "the agent refuses you that: run it with sudo, or have root write an [[operator]] for you and this container into /etc/qm-hotplug/config.d";
+const NO_OPERATOR: &str = "the agent refuses you that: run it with sudo, or have root write an [[operator]] for you and this container into /etc/qm-hotplug/config.d";
+const ROOT_ALONE: &str = "the agent refuses you that, which root alone may do: run it with sudo";
 
 /// Path of the agent's socket.
 pub fn socket_path() -> PathBuf {
@@ -66,7 +67,11 @@ pub fn call<T: DeserializeOwned>(request: &Request) -> Result<Option<T>> {
         }
     }
     message.pop();
-    parse(&message).map(Some)
+    let denied = match request {
+        Request::Attach(Attach { persist: None, .. }) | Request::Detach(_) => NO_OPERATOR,
+        _ => ROOT_ALONE,
+    };
+    parse(&message, denied).map(Some)
 }
 
 /// Why no more events are told.
@@ -88,7 +93,7 @@ pub fn monitor(request: Monitor, output: impl AsFd, mut write: impl FnMut(&Event
     loop {
         while let Some(end) = pending.iter().position(|byte| *byte == 0) {
             let message: Vec<u8> = pending.drain(..=end).collect();
-            if !write(&parse(&message[..end])?)? {
+            if !write(&parse(&message[..end], ROOT_ALONE)?)? {
                 return Ok(End::NobodyReads);
             }
         }
@@ -113,7 +118,7 @@ pub fn monitor(request: Monitor, output: impl AsFd, mut write: impl FnMut(&Event
 }
 
 /// Reads an answer.
-fn parse<T: DeserializeOwned>(message: &[u8]) -> Result<T> {
+fn parse<T: DeserializeOwned>(message: &[u8], denied: &str) -> Result<T> {
     let unreadable = |error: serde_json::Error| Error::BadFile {
         path: socket_path(),
         reason: format!("the agent's answer: {error}"),
@@ -123,7 +128,7 @@ fn parse<T: DeserializeOwned>(message: &[u8]) -> Result<T> {
         let said = |field: &str| reply.parameters.get(field);
         let message = match said("message").and_then(Value::as_str) {
             Some(message) => message.to_owned(),
-            None if name.ends_with(".PermissionDenied") => return Err(Error::Unfit(DENIED.into())),
+            None if name.ends_with(".PermissionDenied") => return Err(Error::Unfit(denied.into())),
             None => format!("the agent answers {name} {}", reply.parameters),
         };
         let code = said("code").and_then(Value::as_u64).unwrap_or(1);

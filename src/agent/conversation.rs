@@ -1,17 +1,19 @@
 //! One who calls at the agent's socket: requests in, answers out.
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{Mutex, broadcast, mpsc, oneshot};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use crate::agent::api::{Call, Peer};
 use crate::agent::monitors::Monitors;
+use crate::agent::operators;
 use crate::core::event::Event;
 use crate::core::protocol::{Bad, Incoming, Reply, Request, frame, parse_request};
 use crate::core::text::excerpt;
@@ -21,6 +23,7 @@ use crate::ops::devices::devices;
 use crate::ops::explain::explain;
 use crate::ops::verify::verify;
 use crate::runtime;
+use crate::sys::udev;
 
 /// The longest request that is read.
 const LONGEST: usize = 64 * 1024;
@@ -28,13 +31,19 @@ const LONGEST: usize = 64 * 1024;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Serves one caller until he hangs up, sends what is no request or something too long, or takes too long for it.
-pub(super) async fn lead(mut stream: UnixStream, peer: Peer, calls: mpsc::Sender<Call>, monitors: Monitors) {
+pub(super) async fn lead(
+    mut stream: UnixStream,
+    peer: Peer,
+    turn: Rc<Mutex<()>>,
+    calls: mpsc::Sender<Call>,
+    monitors: Monitors,
+) {
     let (mut pending, mut searched, mut buffer) = (Vec::new(), 0, [0; 4096]);
     loop {
         while let Some(end) = pending[searched..].iter().position(|byte| *byte == 0).map(|at| searched + at) {
             let message: Vec<u8> = pending.drain(..=end).collect();
             searched = 0;
-            let Some((reply, events)) = answer(&message[..end], peer, &calls, &monitors).await else { return };
+            let Some((reply, events)) = answer(&message[..end], peer, &turn, &calls, &monitors).await else { return };
             let Some(reply) = reply else { continue };
             if !write(&mut stream, &reply).await {
                 return;
@@ -67,7 +76,7 @@ pub(super) async fn lead(mut stream: UnixStream, peer: Peer, calls: mpsc::Sender
 
 /// Why nobody listens to this caller any more.
 fn refuse(peer: Peer, reason: &str) {
-    tracing::info!("uid {} (pid {}) is hung up on: {}", peer.uid, peer.pid, excerpt(reason));
+    tracing::debug!("uid {} (pid {}) is hung up on: {}", peer.uid, peer.pid, excerpt(reason));
 }
 
 /// Whether he took it in time.
@@ -78,7 +87,13 @@ async fn write(stream: &mut UnixStream, reply: &Reply) -> bool {
 type Answer = (Option<Reply>, Option<broadcast::Receiver<Event>>);
 
 /// The answer, if the caller takes one, and what follows it where that is a stream; `None` where he is to be hung up on.
-async fn answer(message: &[u8], peer: Peer, calls: &mpsc::Sender<Call>, monitors: &Monitors) -> Option<Answer> {
+async fn answer(
+    message: &[u8],
+    peer: Peer,
+    turn: &Mutex<()>,
+    calls: &mpsc::Sender<Call>,
+    monitors: &Monitors,
+) -> Option<Answer> {
     let Incoming { request, oneway, .. } = match parse_request(message) {
         Ok(incoming) => incoming,
         Err(Bad::Refused(reply)) => return Some((reply, None)),
@@ -93,13 +108,24 @@ async fn answer(message: &[u8], peer: Peer, calls: &mpsc::Sender<Call>, monitors
         Request::GetInfo(_) => Reply::info(),
         Request::GetInterfaceDescription(request) => Reply::description(&request),
         Request::Verify(request) if request.open == Some(true) && peer.uid != 0 => Reply::denied(),
+        request if peer.uid != 0 && !names_what_is_roots(&request) => {
+            Reply::bad(4, "others than root name devices by their paths below /dev")
+        }
         // Looking takes as long as the container's file systems do.
         Request::Devices(_) | Request::Containers(_) | Request::Explain(_) | Request::Verify(_) => {
+            // One at a time for each user.
+            let _turn = turn.lock().await;
             spawn_blocking(move || look(request)).await.unwrap_or_else(|_| Reply::bad(1, "looking for that failed"))
         }
         request => {
             let (answer, reply) = oneshot::channel();
-            let sent = calls.send(Call { request, peer, answer }).await.is_ok();
+            let is_change = matches!(request, Request::Attach(_) | Request::Detach(_));
+            let caller = match is_change && peer.uid != 0 {
+                // A name service may be slow.
+                true => spawn_blocking(move || operators::caller(peer.uid)).await.ok(),
+                false => None,
+            };
+            let sent = calls.send(Call { request, peer, caller, answer }).await.is_ok();
             let stopping = || Reply::bad(1, "the agent is stopping: ask again once it runs, or once it is gone");
             if sent { reply.await.unwrap_or_else(|_| stopping()) } else { stopping() }
         }
@@ -107,6 +133,18 @@ async fn answer(message: &[u8], peer: Peer, calls: &mpsc::Sender<Call>, monitors
     let events = events.filter(|_| reply.error.is_none());
     let reply = if events.is_some() { reply.continued() } else { reply };
     Some(((!oneway).then_some(reply), events))
+}
+
+/// Whether what it calls a device is where root alone decides what is there: it is looked at with root's rights.
+fn names_what_is_roots(request: &Request) -> bool {
+    let device = match request {
+        Request::Attach(its) => Some(&its.device),
+        Request::Detach(its) => Some(&its.device),
+        Request::Explain(its) => Some(&its.device),
+        Request::Verify(its) => its.device.as_ref(),
+        _ => None,
+    };
+    device.is_none_or(|path| udev::is_roots(path))
 }
 
 /// What the agent need not know: the host is looked at anew.
@@ -122,7 +160,7 @@ fn look(request: Request) -> Reply {
                 let open = its.open.unwrap_or_default();
                 json!({ "proofs": verify(&runtime::scan(), &its.container, its.device.as_deref(), open)? })
             }
-            _ => unreachable!("others are the loop's"),
+            _ => Reply::bad(1, "that is not to be looked into").parameters,
         }))
     };
     found().unwrap_or_else(|error| Reply::bad(error.exit_code(), &error.chain()))
@@ -150,9 +188,15 @@ async fn tell(mut stream: UnixStream, mut events: broadcast::Receiver<Event>, re
             },
             () = calls.closed() => return,
         };
-        if only.as_ref().is_none_or(|(container, id)| event.concerns(container, id))
-            && stream.write_all(&frame(&Reply::good(event).continued())).await.is_err()
-        {
+        if only.as_ref().is_some_and(|(container, id)| !event.concerns(container, id)) {
+            continue;
+        }
+        let reply = Reply::good(event).continued();
+        let is_taken = tokio::select! {
+            is_taken = write(&mut stream, &reply) => is_taken,
+            () = calls.closed() => false,
+        };
+        if !is_taken {
             return;
         }
     }

@@ -42,12 +42,14 @@ use crate::ops::live::lookup;
 use crate::ops::{Executor, request};
 use crate::runtime;
 use crate::sys::device_filter::DeviceFilter;
-use crate::sys::{caps, namespace, udev};
+use crate::sys::{activation, caps, namespace, udev};
 
 /// How long a start waits for a command that is just changing something.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How many events may wait; when there are more, everything is compared instead.
 const QUEUE: usize = 65_536;
+/// How soon everything is looked for again, for a caller who names what is not there.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How many events are worked through before signals and the watchdog get their turn.
 const BATCH: usize = 1024;
 /// How long the end waits for those who are connected to be told of it, and for what has happened to be worked through:
@@ -57,14 +59,20 @@ const DRAIN: Duration = Duration::from_secs(5);
 
 /// Runs the agent until SIGTERM or SIGINT. Grants stay in force when it ends.
 pub fn run() -> Result<()> {
+    // Who has called to have it started is not left to wait, nor has it started again.
+    let executor = prepare().inspect_err(|_| activation::turn_away())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(Error::host("start the event loop"))?;
+    LocalSet::new().block_on(&runtime, serve(executor))
+}
+
+fn prepare() -> Result<Executor> {
     let mut executor = wait_for_lock()?;
     raise_file_limit();
     caps::confine()?;
     // Whether this kernel can carry the filter is found out now, not at the first plug.
     executor.filter()?.prove_withdrawal()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(Error::host("start the event loop"))?;
-    LocalSet::new().block_on(&runtime, serve(executor))
+    Ok(executor)
 }
 
 /// A pidfd is held for each container; the soft limit is made for programs that use select(2).
@@ -145,7 +153,11 @@ async fn serve(mut executor: Executor) -> Result<()> {
                 reconcile::catch_up(&mut executor, &mut registry);
                 refusals.follow(&mut executor, &registry);
             }
-            Some(call) = api.calls.recv() => {
+            call = api.calls.recv() => {
+                let Some(call) = call else {
+                    let ended = std::io::Error::other("the thread of the socket ended");
+                    return Err(Error::host("answer callers")(ended));
+                };
                 let reply = match &call.request {
                     Request::Reload(_) if call.peer.uid == 0 => {
                         service.reloading();
@@ -284,7 +296,10 @@ fn answer(executor: &mut Executor, registry: &mut Registry, call: &Call) -> Repl
     let _stay = namespace::stay();
     let (start, before) = (Instant::now(), needs_before.then(|| all(executor)));
     let mut result = carry_out(executor, registry, call);
-    if let Err(Error::NoSuchContainer(_)) = result {
+    // Others than root cannot have everything looked for as often as they ask.
+    let may_look = call.peer.uid == 0 || registry.looked.elapsed() > LOOK_AGAIN;
+    if matches!(result, Err(Error::NoSuchContainer(_))) && may_look {
+        registry.looked = Instant::now();
         // It may have started a moment ago, or its name may have been out of sight.
         let mut new = BTreeSet::new();
         for container in runtime::scan() {
@@ -316,7 +331,9 @@ fn answer(executor: &mut Executor, registry: &mut Registry, call: &Call) -> Repl
         }
     }
     result.unwrap_or_else(|error| {
-        tracing::info!("refused: {}", error.chain());
+        if call.peer.uid == 0 {
+            tracing::info!("refused: {}", error.chain());
+        }
         Reply::bad(error.exit_code(), &error.chain())
     })
 }
@@ -341,10 +358,7 @@ fn carry_out(executor: &mut Executor, registry: &Registry, call: &Call) -> Resul
             let grants = executor.ledger.count();
             let status = request::status(&executor.cgroups, containers.len(), grants, Some(events_from()))?;
             let figures = registry.figures.borrow();
-            let mut of_container = BTreeMap::new();
-            for entry in executor.ledger.entries() {
-                *of_container.entry(entry.grant.holder.label().to_owned()).or_default() += 1;
-            }
+            let of_container = by_container(executor);
             Ok(Reply::good(StatusInfo {
                 configuration: registry.problems.clone(),
                 uptime: Some(registry.since.elapsed().as_secs()),
@@ -362,8 +376,21 @@ fn carry_out(executor: &mut Executor, registry: &Registry, call: &Call) -> Resul
             let (name, id) = (container.label().to_owned(), container.id);
             Ok(Reply::good(Event::Ready { container: Some(name), id: Some(id) }))
         }
-        _ => unreachable!("the loop does that itself, or the socket's thread"),
+        // The loop does that itself, or the socket's thread.
+        _ => Ok(Reply::bad(1, "that is answered elsewhere")),
     }
+}
+
+/// How many grants each container has: by its name, or by its id where another one has that name.
+fn by_container(executor: &Executor) -> BTreeMap<String, usize> {
+    let mut by_id: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+    for Entry { grant, .. } in executor.ledger.entries() {
+        *by_id.entry((grant.holder.label(), &grant.holder.id)).or_default() += 1;
+    }
+    let mut of_name: BTreeMap<&str, usize> = BTreeMap::new();
+    by_id.keys().for_each(|(name, _)| *of_name.entry(name).or_default() += 1);
+    let is_alone = |name: &str| of_name[name] == 1;
+    by_id.iter().map(|((name, id), count)| (if is_alone(name) { *name } else { *id }.to_owned(), *count)).collect()
 }
 
 fn events_from() -> &'static str {

@@ -133,6 +133,8 @@ pub(super) struct Registry {
     settings: Settings,
     /// When this began.
     pub(super) since: Instant,
+    /// When a caller last had all containers looked for.
+    pub(super) looked: Instant,
     /// What was worked through since then.
     pub(super) figures: RefCell<Figures>,
     /// What is wrong with the configuration, as it is written now.
@@ -169,6 +171,7 @@ impl Registry {
             cgroups: BTreeSet::new(),
             settings,
             since: Instant::now(),
+            looked: Instant::now(),
             figures: RefCell::default(),
             problems,
             attached: attached.to_vec(),

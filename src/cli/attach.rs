@@ -232,8 +232,10 @@ fn find(args: &Args, selection: &Selection) -> Result<Vec<(String, String)>> {
 
 /// Looks until it is found, or the time is up.
 fn wait_for(args: &Args, wait: Duration, mut look: impl FnMut() -> Result<bool>) -> Result<()> {
-    // A device is waited for only where there is a container for it.
-    lookup(&runtime::scan(), &Reference::parse(&args.container).map_err(Error::Usage)?)?;
+    // A device is waited for only where there is a container for it; others than root cannot see all of them.
+    if rustix::process::geteuid().is_root() {
+        lookup(&runtime::scan(), &Reference::parse(&args.container).map_err(Error::Usage)?)?;
+    }
     let (deadline, waiting) = (Instant::now() + wait, || Error::host::<std::io::Error>("wait for device events"));
     let mut arrivals = Arrivals::listen().map_err(waiting())?;
     while !look()? {

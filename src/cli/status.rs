@@ -22,6 +22,9 @@ pub struct Args {
     json: bool,
 }
 
+/// How many containers are named.
+const SHOWN: usize = 10;
+
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
     let status = match client::call(&Request::Status(Nothing {}))? {
@@ -64,7 +67,9 @@ fn lines(status: &StatusInfo) -> Vec<String> {
             format!("{}, {seen} since then, some lost {lost} times; all compared {compared} times", status.events)
         }
     };
-    let grants = match &*status.of_container.iter().map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>() {
+    let shown = status.of_container.iter().take(SHOWN).map(|(name, count)| format!("{name} {count}"));
+    let more = (status.of_container.len() > SHOWN).then(|| "…".to_owned());
+    let grants = match &*shown.chain(more).collect::<Vec<_>>() {
         [] => status.grants.to_string(),
         all => format!("{}: {}", status.grants, all.join(", ")),
     };

@@ -134,7 +134,7 @@ pub struct StatusInfo {
     /// From hearing of an event to the grant, if there was one.
     #[serde(default)]
     pub latency: Option<Latency>,
-    /// Grants by container, of the agent.
+    /// Grants of each container, by its name, or by its id where another one has that name.
     #[serde(default)]
     pub of_container: BTreeMap<String, usize>,
 }

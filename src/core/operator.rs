@@ -54,16 +54,19 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// Whether the caller may give the container the device, or take it back. One that is not there any more may be taken
-    /// back by whoever may change the container.
-    pub fn may(&self, caller: &Caller, container: &Subject, device: Option<&Facts<'_>>) -> bool {
-        let is_meant = match &self.who {
+    /// Whether the caller is meant.
+    pub fn is(&self, caller: &Caller) -> bool {
+        match &self.who {
             Who::User(id) => id.is(caller.uid, caller.name.as_deref()),
             Who::Group(id) => caller.groups.iter().any(|(gid, name)| id.is(*gid, name.as_deref())),
-        };
+        }
+    }
+
+    /// Whether he may give the container the device, or take it back. One that is not there any more may be taken back by
+    /// whoever may change the container.
+    pub fn may(&self, container: &Subject, device: Option<&Facts<'_>>) -> bool {
         let is_device_allowed = |facts: &Facts<'_>| self.allow.iter().any(|selector| selector.matches(facts));
-        is_meant
-            && self.container.as_ref().map_or(!container.is_users, |pattern| pattern.gives_to(container))
+        self.container.as_ref().map_or(!container.is_users, |pattern| pattern.gives_to(container))
             && device.is_none_or(is_device_allowed)
     }
 }

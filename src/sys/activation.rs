@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 
 use rustix::net::sockopt;
 use rustix::net::{AddressFamily, SocketType};
@@ -19,5 +20,14 @@ pub fn socket() -> io::Result<Option<OwnedFd>> {
     match is_ours {
         true => Ok(Some(socket)),
         false => Err(io::Error::other("what systemd handed over is no listening stream socket: see ListenStream=")),
+    }
+}
+
+/// Hangs up on all who wait at that socket; for a process that ends without having taken it.
+pub fn turn_away() {
+    if let Ok(Some(socket)) = socket() {
+        let listener = UnixListener::from(socket);
+        let _ = listener.set_nonblocking(true);
+        while listener.accept().is_ok() {}
     }
 }

@@ -101,6 +101,7 @@ pub(super) fn live(prepared: &Prepared<'_>) -> ! {
 fn answer(prepared: &Prepared<'_>, record: &mut Record) -> std::result::Result<(), (Step, Errno)> {
     let at = |step: Step| move |errno: Errno| (step, errno);
     stay_ours(prepared.parent);
+    close_others(prepared);
     // What it is compared with and looked up by is the host's.
     let own_fds = open(c"/proc/self/fd", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     let opened;
@@ -166,6 +167,23 @@ fn stay_ours(parent: Pid) {
         libc::prctl(libc::PR_SET_DUMPABLE, 0);
         if rustix::process::getppid() != Some(parent) {
             libc::_exit(1);
+        }
+    }
+}
+
+/// Whatever happens to this process in the container, it keeps no lock and no socket of its parent's.
+fn close_others(prepared: &Prepared<'_>) {
+    let pidfd = prepared.inside.as_ref().map_or(-1, |inside| inside.pidfd.as_raw_fd());
+    let node = prepared.node.map_or(-1, |node| node.as_raw_fd());
+    let mut kept = [2, prepared.procs.as_raw_fd(), prepared.answer.as_raw_fd(), pidfd, node];
+    kept.sort_unstable();
+    for (at, fd) in kept.into_iter().enumerate().filter(|(_, fd)| *fd >= 2) {
+        let next = kept.get(at + 1).map_or(libc::c_uint::MAX, |next| *next as libc::c_uint);
+        let first = fd as libc::c_uint + 1;
+        if first < next {
+            let last = next.saturating_sub(u32::from(next != libc::c_uint::MAX));
+            // SAFETY: nobody in this process uses what is closed.
+            unsafe { libc::close_range(first, last, 0) };
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A process that stays the same one: pid, start time and pidfd.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -154,13 +155,20 @@ pub fn outer_user() -> u32 {
     outer.unwrap_or(own)
 }
 
-/// The processes of that name. The kernel keeps 15 bytes of it (TASK_COMM_LEN).
+/// Root's processes of that name, those of containers left out. The kernel keeps 15 bytes of it (TASK_COMM_LEN).
 pub fn running(name: &str) -> Vec<u32> {
     let name = &name.as_bytes()[..name.len().min(15)];
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let is_it = |pid: &u32| std::fs::read(format!("/proc/{pid}/comm")).is_ok_and(|text| text.trim_ascii_end() == name);
-    pids.filter(is_it).collect()
+    // Without root's rights nobody's namespaces are seen, and all count.
+    let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let own = namespace("self");
+    let is_hosts = |pid: &u32| {
+        let is_roots = std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|its| its.uid() == 0);
+        is_roots && namespace(&pid.to_string()).is_none_or(|its| Some(its) == own)
+    };
+    pids.filter(is_it).filter(is_hosts).collect()
 }
 
 /// Whether the process behind a pidfd has ended.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::core::device::Access;
@@ -14,16 +15,21 @@ use crate::sys::probe::{Place, Question, ask};
 /// What precedes the process id in a scratch cgroup's name.
 const PREFIX: &str = "qmhp-probe-";
 
+/// There is one at a time in a process: it is named by the process's id.
+static ONE: Mutex<()> = Mutex::new(());
+
 /// A cgroup right below the root, removed when dropped.
 pub struct Scratch<'a> {
     root: &'a CgroupRoot,
     cgroup: Cgroup,
     keep_apart: Program,
+    _one: MutexGuard<'static, ()>,
 }
 
 impl<'a> Scratch<'a> {
     /// Makes it. What a killed process left is removed.
     pub fn new(root: &'a CgroupRoot) -> Result<Scratch<'a>> {
+        let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         remove_stale(root);
         let path = format!("/{PREFIX}{}", std::process::id());
         let failed = || Error::host::<io::Error>(format!("make the cgroup {path} to ask programs alone"));
@@ -33,7 +39,7 @@ impl<'a> Scratch<'a> {
             _ => {}
         }
         match root.open(&path) {
-            Ok(cgroup) => Ok(Scratch { root, cgroup, keep_apart }),
+            Ok(cgroup) => Ok(Scratch { root, cgroup, keep_apart, _one: one }),
             Err(error) => {
                 let _ = std::fs::remove_dir(directory(root, &path));
                 Err(failed()(error))

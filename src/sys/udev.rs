@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{lstat, stat};
+use rustix::fs::{Mode, OFlags, ResolveFlags, lstat, open, openat2, stat};
 use udev::Enumerator;
 
 use crate::core::device::{Device, Identity, Kind, Number};
@@ -65,6 +65,16 @@ pub fn by_path(path: &str) -> Result<Device> {
     let mut device = owned(&known).ok_or_else(|| Error::NoSuchDevice(path.into()))?;
     (device.uid, device.gid, device.mode) = (stat.st_uid, stat.st_gid, stat.st_mode & 0o777);
     Ok(device)
+}
+
+/// Whether root alone decides what is at that path, or that nothing is: it is below `/dev` and leads out of it nowhere,
+/// nor into what is mounted there.
+pub fn is_roots(path: &str) -> bool {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
+    let Some(below) = path.strip_prefix("/dev/") else { return false };
+    let opened = open("/dev", flags, Mode::empty()).and_then(|dev| openat2(dev, below, flags, Mode::empty(), how));
+    matches!(opened, Ok(_) | Err(rustix::io::Errno::NOENT))
 }
 
 /// The device that has this number now.

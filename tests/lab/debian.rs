@@ -48,7 +48,8 @@ impl<'vm> DebianRoot<'vm> {
     #[track_caller]
     pub(crate) fn run_all(&self, wanted: &[(&str, &str, &str)], command: &str) -> Vec<Container<'vm>> {
         // Made first, so that those that did start are removed when another one does not.
-        let remove = |name: &str| format!("podman rm --force --ignore --time 0 {name}");
+        // One may share the network of another one.
+        let remove = |name: &str| format!("podman rm --force --depend --ignore --time 0 {name}");
         let not_yet = |name: &str| Container::of_other_engine(self.vm, name, remove(name));
         let mut containers: Vec<Container<'vm>> = wanted.iter().map(|(_, name, _)| not_yet(name)).collect();
         let mut script = String::from("pids=()\n");

@@ -26,7 +26,7 @@ fn systemds_client_talks_to_it(vm: &Vm) {
 
     // It reads the description, and shows it again in its own words.
     let shown = vm.ok(&format!("varlinkctl introspect {SOCKET} io.qmhotplug"));
-    for line in ["interface io.qmhotplug", "method Attach(", "method Monitor(", "type Grant (", "error Refused("] {
+    for line in ["interface io.qmhotplug", "method Attach(", "method Monitor(", "type Grant(", "error Refused("] {
         assert!(shown.contains(line), "{line} is missing in {shown}");
     }
     vm.ok("varlinkctl validate-idl /mnt/repo/src/core/io.qmhotplug.varlink");
@@ -66,6 +66,9 @@ fn systemds_client_talks_to_it(vm: &Vm) {
     // Who calls while it is started anew waits.
     vm.ok("systemctl kill --signal=KILL qm-hotplug");
     assert_eq!(call(vm, "Status", json!({}))["grants"], 1);
+    vm.ok("systemctl restart --no-block qm-hotplug");
+    assert_eq!(call(vm, "Status", json!({}))["grants"], 1);
+    vm.wait_ok("the agent to be back", SOON, "systemctl is-active --quiet qm-hotplug");
     // Others by the group.
     let as_user = format!("runuser -u lab-reader -- varlinkctl call {SOCKET} io.qmhotplug.Status '{{}}' 2>&1");
     vm.ok("useradd --create-home lab-reader");

@@ -115,7 +115,6 @@ fn nonsense_is_answered_and_changes_nothing(runtime: &str) {
         assert_eq!(answer["error"], usage, "mode {mode:o}: {answer}");
     }
     assert_eq!(ask(&mut connect(), &vec![b'x'; 1 << 20]), None, "too long");
-    assert!(agent.log().contains("a request may have 65536 bytes at most"));
     // Half a request and then nothing; a caller that does not wait; one that never says anything.
     connect().write_all(b"{\"method\":").unwrap();
     connect().write_all(b"{\"method\":\"io.qmhotplug.List\"}\0").unwrap();
@@ -207,7 +206,7 @@ fn callers_without_manners_harm_nobody(runtime: &str) {
     }
     let grown = resident(&agent) - before;
     assert!(grown < 32 * 1024, "the agent has grown by {grown} KiB");
-    assert!(agent.log().contains(&format!("uid {UID} (pid {}) has 128 connections", rude.pid)));
+    assert!(agent.log().contains(&format!("pid {} of uid {UID} has 128 connections", rude.pid)));
     drop(rude);
     agent.stop();
 }
@@ -241,7 +240,7 @@ fn operators_may_what_root_lets_them(runtime: &str) {
     attach("qmhreader", &c, &device.path).fails(5, "the agent refuses you that");
     attach("qmhoperator", &foreign, &device.path).fails(5, "[[operator]]");
     attach("qmhoperator", &c, &other.path).fails(5, "[[operator]]");
-    as_user("qmhoperator", &["attach", "--persist", &c.name, &device.path]).fails(5, "[[operator]]");
+    as_user("qmhoperator", &["attach", "--persist", &c.name, &device.path]).fails(5, "root alone");
     assert!(grants().is_empty());
     attach("qmhoperator", &c, &device.path).ok();
     assert!(c.opens("<>", &device.path));
@@ -252,9 +251,27 @@ fn operators_may_what_root_lets_them(runtime: &str) {
     as_user("qmhoperator", &["detach", &c.name, &other.path]).fails(5, "refuses");
     as_user("qmhoperator", &["detach", &c.name, &device.path]).ok();
     assert_eq!(grants().len(), 1);
+    // Nobody is told of what he may not see, and a link of his own leads nowhere.
+    let link = format!("{}/qmh-link", std::env::temp_dir().display());
+    let _ = std::fs::remove_file(&link);
+    std::os::unix::fs::symlink(&device.path, &link).unwrap();
+    for path in ["/root/.ssh", "/etc/shadow", "/dev/shm/x", "/dev/../etc/shadow", &link] {
+        let said = as_user("qmhoperator", &["explain", &c.name, path]);
+        said.fails(4, "others than root name devices by their paths below /dev");
+        as_user("qmhoperator", &["attach", &c.name, path, "/dev/y"]).fails(4, "below /dev");
+    }
+    std::fs::remove_file(&link).unwrap();
+    // What root has attached for good stays, also while it is not there.
+    qm(&["attach", "--persist", &c.name, &device.path]).ok();
+    let kept = device.path.clone();
+    device.unplug();
+    wait_for("the unplug", || c.node(&kept).is_none());
+    as_user("qmhoperator", &["detach", &c.name, &kept]).fails(5, "refuses");
+    assert_eq!(grants().iter().filter(|grant| grant["path"] == json!(kept)).count(), 1, "it is kept");
+    qm(&["detach", &c.name, &kept]).ok();
     let log = agent.log();
     assert!(log.contains("uid 61002 (pid "), "{log}");
-    assert!(log.contains(&format!("may not attach {} to qmh-foreign", device.path)), "{log}");
+    assert!(log.contains(&format!("may not attach {kept} to qmh-foreign")), "{log}");
     agent.stop();
 }
 
