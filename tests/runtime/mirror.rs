@@ -169,7 +169,9 @@ fn those_who_share_a_network_hear_it_once(runtime: &str) {
     qm(&["detach", &c.name, &device.path]).fails(5, "rule");
     device.unplug();
     assert_eq!(inside.event(), event("remove", &device.path));
-    assert!(inside.is_silent() && outside.is_silent(), "the host's own network hears udevd itself, not us");
+    assert!(inside.is_silent());
+    let heard: Vec<_> = std::iter::from_fn(|| outside.event()).map(|(action, _)| action).collect();
+    assert_eq!(heard, ["add", "change"], "the host's own network hears udevd itself, each once, and not us");
 }
 
 fn the_next_agent_goes_on(runtime: &str) {
