@@ -14,6 +14,9 @@ source "$here/common.sh"
 # shellcheck source=scripts/lab/image.sh
 source "$here/lab/image.sh"
 
+# What is tried is the same, and is built in a quarter of the time.
+export CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
+
 is_release() {
     [[ $1 == bookworm || $1 == trixie ]]
 }

@@ -1,12 +1,15 @@
 //! The other end of the agent's socket.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -29,13 +32,31 @@ pub fn socket_path() -> PathBuf {
     PathBuf::from(RUN_DIRECTORY).join(INTERFACE)
 }
 
-/// Whether an agent runs, as far as it can be connected to.
+/// What the agent holds while it runs: at a socket of systemd's, to connect would start one.
+fn lock_path() -> PathBuf {
+    PathBuf::from(RUN_DIRECTORY).join("agent")
+}
+
+/// Says that an agent runs, as long as this is held.
+pub(super) fn hold() -> io::Result<File> {
+    let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(lock_path())?;
+    flock(&file, FlockOperation::LockExclusive)?;
+    Ok(file)
+}
+
+/// Whether an agent runs. Who cannot look at that has to call to know, and is told that one does.
 pub fn is_there() -> bool {
-    UnixStream::connect(socket_path()).is_ok()
+    match File::open(lock_path()) {
+        Ok(file) => flock(&file, FlockOperation::NonBlockingLockShared).is_err(),
+        Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
+    }
 }
 
 /// A connection to the agent; `None` if none runs.
 fn connect() -> Result<Option<UnixStream>> {
+    if !is_there() {
+        return Ok(None);
+    }
     let path = socket_path();
     match UnixStream::connect(&path) {
         Ok(stream) => Ok(Some(stream)),

@@ -106,6 +106,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
     compare(&mut executor, &mut registry, &mut refusals);
 
     let mut api = Api::start(&client::socket_path(), registry.monitors.clone())?;
+    let running = client::hold().map_err(Error::host("say that an agent runs"))?;
     let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
     tracing::info!(
         "ready: {} containers, {} devices, {} grants, events from {}",
@@ -178,6 +179,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
         log::tell_repeats();
     }
     service.stopping();
+    drop(running);
     api.end(FAREWELL).await;
     drain(&mut executor, &mut registry, &mut refusals, &mut news);
     refusals.stop(&mut executor);

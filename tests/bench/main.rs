@@ -25,6 +25,7 @@ use qm_hotplug::sys::host::Host;
 use qm_hotplug::sys::namespace::inside;
 use qm_hotplug::sys::process::Process;
 use support::podman::{self, Container};
+use support::rude::Rude;
 use support::{Agent, qm, run};
 
 /// Measures something.
@@ -105,6 +106,13 @@ fn events() -> Vec<Figure> {
         up.push(probe.after(true, || trigger("add")));
     }
     let own = micros(&agent.log(), "granted /dev/tty7");
+    let rude = Rude::start(65_533, "/run/qm-hotplug/io.qmhotplug".as_ref());
+    let mut beside = Vec::new();
+    for _ in 0..ROUNDS {
+        probe.after(false, || trigger("remove"));
+        beside.push(probe.after(true, || trigger("add")));
+    }
+    drop(rude);
     let floor = floor(&container);
     let rss = resident(agent.pid());
     drop(probe);
@@ -116,6 +124,7 @@ fn events() -> Vec<Figure> {
         Figure::new("event received → node openable, agent's own share", own, "p50 ≤ 300 µs, p99 ≤ 1 ms"),
         Figure::new("for comparison: nothing but setns, mknod, map insert", floor, ""),
         Figure::new("kernel's add → a process inside has opened it", up, ""),
+        Figure::new("the same beside 211 callers without manners", beside, ""),
         Figure::new("kernel's remove → a process inside is refused", down, ""),
     ]
 }

@@ -32,7 +32,6 @@ mod refusals;
 mod refused_containers;
 mod refused_destinations;
 mod rootless;
-mod rude;
 mod selectors;
 mod state;
 mod storm;

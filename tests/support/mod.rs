@@ -3,6 +3,7 @@
 
 pub mod crowd;
 pub mod podman;
+pub mod rude;
 pub mod udev;
 pub mod user;
 

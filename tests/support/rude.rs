@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -15,13 +16,17 @@ const LIST: &[u8] = b"{\"method\":\"io.qmhotplug.List\"}\0";
 const MONITOR: &[u8] = b"{\"method\":\"io.qmhotplug.Monitor\",\"more\":true}\0";
 
 /// A process with more connections than one user may have. Ends when dropped.
-pub(crate) struct Rude {
-    pub(crate) pid: Pid,
+pub struct Rude {
+    /// Its id.
+    pub pid: Pid,
 }
 
 impl Rude {
-    /// Starts it, and waits until all are at it.
-    pub(crate) fn start(uid: u32, socket: &Path) -> Rude {
+    /// Lets that user in at the socket and starts it; waits until all are at it.
+    pub fn start(uid: u32, socket: &Path) -> Rude {
+        let set = |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+        set(socket.parent().unwrap(), 0o711);
+        set(socket, 0o666);
         let (mut reader, writer) = UnixStream::pair().unwrap();
         // SAFETY: the child uses nothing that another thread may have locked but the allocator, which glibc makes usable.
         let pid = match unsafe { fork() }.unwrap() {
