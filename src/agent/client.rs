@@ -37,11 +37,24 @@ fn lock_path() -> PathBuf {
     PathBuf::from(RUN_DIRECTORY).join("agent")
 }
 
-/// Says that an agent runs, as long as this is held.
-pub(super) fn hold() -> io::Result<File> {
-    let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(lock_path())?;
-    flock(&file, FlockOperation::LockExclusive)?;
-    Ok(file)
+/// Says that an agent runs, as long as it is not dropped.
+#[derive(Debug)]
+pub(super) struct Running {
+    _lock: File,
+}
+
+impl Running {
+    pub(super) fn begin() -> io::Result<Running> {
+        let lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(lock_path())?;
+        flock(&lock, FlockOperation::LockExclusive)?;
+        Ok(Running { _lock: lock })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(lock_path());
+    }
 }
 
 /// Whether an agent runs. Who cannot look at that has to call to know, and is told that one does.

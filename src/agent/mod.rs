@@ -26,6 +26,7 @@ use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
 use crate::agent::api::{Api, Call};
+use crate::agent::client::Running;
 use crate::agent::news::{News, What};
 use crate::agent::refusals::Refusals;
 use crate::agent::registry::Registry;
@@ -106,7 +107,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
     compare(&mut executor, &mut registry, &mut refusals);
 
     let mut api = Api::start(&client::socket_path(), registry.monitors.clone())?;
-    let running = client::hold().map_err(Error::host("say that an agent runs"))?;
+    let running = Running::begin().map_err(Error::host("say that an agent runs"))?;
     let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
     tracing::info!(
         "ready: {} containers, {} devices, {} grants, events from {}",
