@@ -198,6 +198,7 @@ fn all_grants_are_proven() {
         json!({
             "container": c.name(), "id": c.name(), "path": "/dev/full", "device": "/dev/full", "kind": "char",
             "major": 1, "minor": 7, "access": "rw", "accessible": true, "errno": 0, "reason": null, "opened": false,
+            "code": 0,
         })
     );
     assert_eq!((&answer("/dev/z")["access"], &answer("/dev/z")["errno"]), (&json!("r"), &json!(0)));
