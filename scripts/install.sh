@@ -106,7 +106,7 @@ install_all() {
     for_prefix "$root/units/qm-hotplug.service" | put 0644 "$unit"
     put 0644 "$socket" <"$root/units/qm-hotplug.socket"
     put 0644 "$group" <"$root/units/qm-hotplug.sysusers"
-    for page in "$root"/man/*; do
+    for page in "$root"/src/man/*; do
         put 0644 "$manual/man${page##*.}/${page##*/}" <"$page"
     done
     put_completions

@@ -73,7 +73,7 @@ unit_is_valid() {
 # man's own check of the pages: whatever it warns of is a failure.
 manual_is_valid() {
     local page said status=0
-    for page in man/*; do
+    for page in src/man/*; do
         said=$(LC_ALL=C.UTF-8 MANROFFSEQ='' man --warnings --encoding=UTF-8 --local-file --troff-device=utf8 --ditroff \
             "$page" 2>&1 >/dev/null) || status=1
         if [[ -n $said ]]; then

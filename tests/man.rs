@@ -1,4 +1,4 @@
-//! The pages in man/ tell of the program as it is. What the command line's definition gives stands between two comments
+//! The pages in src/man/ tell of the program as it is. What the command line's definition gives stands between two comments
 //! and is written anew by `QMH_WRITE_MAN=1 cargo test --test man`; the rest is prose, which has to have a place for each
 //! word that the program knows. `man` itself looks at the pages in the style tier of scripts/test.sh.
 
@@ -26,11 +26,11 @@ fn section(command: &str) -> &'static str {
 }
 
 fn path(page: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("man").join(page)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/man").join(page)
 }
 
 fn read(page: &str) -> String {
-    std::fs::read_to_string(path(page)).unwrap_or_else(|error| panic!("man/{page}: {error}"))
+    std::fs::read_to_string(path(page)).unwrap_or_else(|error| panic!("src/man/{page}: {error}"))
 }
 
 /// The commands of the program, itself first, by the names of their pages.
@@ -77,9 +77,9 @@ fn generated(name: &str, command: &Command) -> Vec<(&'static str, String)> {
 fn with_parts(page: &str, text: &str, parts: &[(&str, String)]) -> String {
     parts.iter().fold(text.to_owned(), |text, (name, part)| {
         let (begin, end) = (format!(".\\\" begin {name},"), format!(".\\\" end {name}\n"));
-        let start = text.find(&begin).unwrap_or_else(|| panic!("man/{page} has no '{begin}'"));
+        let start = text.find(&begin).unwrap_or_else(|| panic!("src/man/{page} has no '{begin}'"));
         let start = start + text[start..].find('\n').unwrap() + 1;
-        let length = text[start..].find(&end).unwrap_or_else(|| panic!("man/{page} has no '{end}'"));
+        let length = text[start..].find(&end).unwrap_or_else(|| panic!("src/man/{page} has no '{end}'"));
         format!("{}{part}{}", &text[..start], &text[start + length..])
     })
 }
@@ -93,7 +93,10 @@ fn pages_are_those_of_the_commands() {
         if std::env::var_os(WRITE).is_some() {
             std::fs::write(path(&page), &after).unwrap();
         } else {
-            assert!(after == before, "man/{page} is not of this command line: run `{WRITE}=1 cargo test --test man`");
+            assert!(
+                after == before,
+                "src/man/{page} is not of this command line: run `{WRITE}=1 cargo test --test man`"
+            );
         }
     }
 }
@@ -162,7 +165,7 @@ fn tags(page: &str) -> Vec<String> {
 #[track_caller]
 fn assert_has_tag(page: &str, what: &str, fits: impl Fn(&str) -> bool) {
     let tags = tags(page);
-    assert!(tags.iter().any(|tag| tag.split([' ', ',']).any(&fits)), "man/{page} explains no {what}: {tags:?}");
+    assert!(tags.iter().any(|tag| tag.split([' ', ',']).any(&fits)), "src/man/{page} explains no {what}: {tags:?}");
 }
 
 #[test]

@@ -26,7 +26,7 @@ pub(crate) fn installed_files_carry_their_prefix() {
         |installed: &str, ours: &str| assert_eq!(std::fs::read(at(installed)).unwrap(), std::fs::read(ours).unwrap());
     same("usr/lib/systemd/system/qm-hotplug.socket", "units/qm-hotplug.socket");
     same("usr/lib/sysusers.d/qm-hotplug.conf", "units/qm-hotplug.sysusers");
-    for page in std::fs::read_dir("man").unwrap().map(|entry| entry.unwrap().path()) {
+    for page in std::fs::read_dir("src/man").unwrap().map(|entry| entry.unwrap().path()) {
         let (name, section) = (page.file_name().unwrap(), page.extension().unwrap().to_str().unwrap());
         let installed = at(&format!("usr/share/man/man{section}")).join(name);
         assert_eq!(std::fs::read(installed).unwrap(), std::fs::read(&page).unwrap(), "{}", page.display());
