@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -45,9 +45,19 @@ pub(super) struct Running {
 
 impl Running {
     pub(super) fn begin() -> io::Result<Running> {
-        let lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(lock_path())?;
-        flock(&lock, FlockOperation::LockExclusive)?;
-        Ok(Running { _lock: lock })
+        let path = lock_path();
+        loop {
+            let lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path)?;
+            flock(&lock, FlockOperation::LockExclusive)?;
+            // An agent that ended meanwhile took its file away, and that one was waited for.
+            let held = lock.metadata()?;
+            match std::fs::metadata(&path) {
+                Ok(now) if (now.dev(), now.ino()) == (held.dev(), held.ino()) => return Ok(Running { _lock: lock }),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 

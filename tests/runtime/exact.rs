@@ -71,8 +71,8 @@ fn page(path: &str, text: &str) -> Vec<String> {
 
 fn list(path: &Path, lines: &mut BTreeSet<String>) {
     let Ok(found) = fs::symlink_metadata(path) else { return };
-    // The socket is the agent's, and terminals come and go.
-    if path.ends_with("io.qmhotplug") || path.ends_with("dev/pts") {
+    // The socket and the mark that it runs are the agent's, whether killed or not, and terminals come and go.
+    if ["run/qm-hotplug/io.qmhotplug", "run/qm-hotplug/agent", "dev/pts"].iter().any(|own| path.ends_with(own)) {
         return;
     }
     lines.insert(format!("{}: {} {:?}", path.display(), describe(&found), fs::read_link(path).ok()));
