@@ -26,6 +26,8 @@ tier_style() {
     check cargo clippy --locked --all-targets --features mock-devices -- -D warnings
     # Those that a plain `cargo test` leaves out are no part of all targets.
     check cargo clippy --locked --features fail-points --test kernel --test runtime --test lab --test readme -- -D warnings
+    # With the private items, whose links are read by those who work on it.
+    check env RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
     local script
     for script in scripts/*.sh scripts/lab/*.sh tests/bench/*.sh .ci/run; do
         check bash -n "$script"

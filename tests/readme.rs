@@ -36,7 +36,7 @@ enum At {
     Lab(&'static str),
 }
 
-const COMMANDS: [(&str, At); 25] = [
+const COMMANDS: [(&str, At); 29] = [
     ("sudo scripts/demo.sh", At::Here),
     ("sudo scripts/test.sh", At::TestScript),
     ("sudo scripts/install.sh", At::Here),
@@ -60,6 +60,10 @@ const COMMANDS: [(&str, At); 25] = [
     ("sudo qm-hotplug explain app /dev/video2", At::Here),
     ("sudo qm-hotplug detach app /dev/zigbee", At::Here),
     ("sudo qm-hotplug status", At::Here),
+    ("sudo systemctl daemon-reload", At::Lab("sudo systemctl daemon-reload && ")),
+    ("sudo systemctl start home-assistant", At::Lab("sudo systemctl start home-assistant ")),
+    ("sudo docker compose up -d", At::Lab("docker compose up -d")),
+    ("sudo qm-hotplug reload", At::Lab("qm-hotplug reload")),
     ("sudo usermod --append --groups qm-hotplug alice", At::Lab("usermod --append --groups qm-hotplug ")),
     ("varlinkctl introspect /run/qm-hotplug/io.qmhotplug io.qmhotplug", At::Lab("varlinkctl introspect ")),
     (
@@ -103,6 +107,7 @@ fn main() {
             trial("shells_complete_what_is_there", completion::shells_complete_what_is_there),
             trial("completion_is_silent_and_changes_nothing", completion::completion_is_silent_and_changes_nothing),
             trial("the_configuration_is_valid", the_configuration_is_valid),
+            trial("the_recipes_are_those_that_the_lab_starts", the_recipes_are_those_that_the_lab_starts),
             trial("uninstall_takes_everything_out", install::uninstall_takes_everything_out),
             trial("scripts_say_what_they_need", scripts_say_what_they_need),
         ],
@@ -275,6 +280,16 @@ fn the_configuration_is_valid() {
     assert_eq!(problems, [""; 0]);
     assert!(settings.categories.named("usb").unwrap().enabled && settings.categories.named("robot").is_some());
     assert!(settings.policies.required.is_some() && settings.has_rules());
+}
+
+fn the_recipes_are_those_that_the_lab_starts() {
+    let files = std::fs::read_dir("tests/fixtures/recipes").unwrap().map(|file| file.unwrap().path());
+    let texts: Vec<String> = files.map(|path| std::fs::read_to_string(path).unwrap()).collect();
+    let (_, section) = README.split_once("\n### Recipes\n").unwrap();
+    let section = section.split("\n### ").next().unwrap();
+    let blocks = section.split("```").skip(1).step_by(2).filter(|block| !block.starts_with("sh\n"));
+    let shown: BTreeSet<&str> = blocks.map(|block| block.split_once('\n').unwrap().1).collect();
+    assert_eq!(shown, texts.iter().map(String::as_str).collect());
 }
 
 fn demo_shows_the_main_job_and_leaves_nothing() {

@@ -18,7 +18,7 @@ lab_packages() {
     if [[ $1 == bookworm ]]; then
         echo criu
     else
-        printf '%s\n' docker-cli incus-base incus-client selinux-policy-default policycoreutils selinux-utils
+        printf '%s\n' docker-cli docker-compose incus-base incus-client selinux-policy-default policycoreutils selinux-utils
     fi
 }
 

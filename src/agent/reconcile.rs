@@ -8,7 +8,7 @@ use crate::agent::registry::{Known, Later, Registry};
 use crate::agent::users;
 use crate::agent::withdrawals;
 use crate::core::device::{Device, Kind, Number};
-use crate::core::event::{Changed, Event};
+use crate::core::event::{Changed, Event, Plug};
 use crate::core::facts::{Facts, usb_bus};
 use crate::core::ledger::{Entry, Grant, Origin, Placement};
 use crate::core::matcher;
@@ -70,9 +70,12 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     let stays = |entry: &Entry| {
         entry.grant.origin == Origin::Manual && entry.is_settled() && entry.grant.device.identity == device.identity
     };
-    registry.devices.insert(devpath.clone(), device.clone());
+    let before = registry.devices.insert(devpath.clone(), device.clone());
     let in_force = |entry: &Entry| entry.grant.device.identity.devpath != devpath || stays(entry);
     let mut desired = wanted(executor, registry, |_| true, |its| its.identity.devpath == devpath, in_force);
+    if before.is_none_or(|before| before.identity != device.identity) {
+        registry.monitors.tell(|| Event::Plugged(Plug::new(&device.node, number, desired.iter(), micros(since))));
+    }
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
     let all = observed.iter().map(|entry| &entry.grant).chain(&desired).map(concern).collect::<Vec<_>>();
@@ -88,6 +91,10 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
 pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event: &Uevent, since: Instant) {
     let devpath = &event.devpath;
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == *devpath);
+    if let Some(device) = registry.devices.get(devpath) {
+        let from = observed.iter().map(|entry| &entry.grant);
+        registry.monitors.tell(|| Event::Unplugged(Plug::new(&device.node, device.number, from, micros(since))));
+    }
     // The first withdrawal loads a program, which takes as long as a hundred removals: they go first.
     let (from_start, others): (Vec<_>, Vec<_>) = observed.into_iter().partition(|entry| entry.grant.at_start);
     let mut concerns = carry_out(executor, registry, &[], &others, |_| true, Some(since));
@@ -311,6 +318,10 @@ fn is_undecided(entry: &Entry, registry: &Registry) -> bool {
         })
 }
 
+fn micros(since: Instant) -> u64 {
+    since.elapsed().as_micros() as u64
+}
+
 fn concern(grant: &Grant) -> Concern {
     (grant.holder.clone(), grant.device.clone())
 }
@@ -327,7 +338,7 @@ pub(super) fn carry_out(
     let changes = changes(desired, observed, unplugged);
     for change in &changes {
         let result = executor.carry_out(change);
-        let micros = since.map(|since| since.elapsed().as_micros() as u64);
+        let micros = since.map(micros);
         let (what, grant) = match change {
             Change::Add(grant) => ("granted", grant),
             Change::Remove { entry, .. } => ("revoked", &entry.grant),

@@ -64,7 +64,7 @@ pub enum Command {
     Explain(explain::Args),
     /// Prove that a container can open its devices, without touching them
     Verify(verify::Args),
-    /// Show what happens from now on: grants, revocations, and the devices that containers were refused
+    /// Show what happens from now on: plugs, grants, revocations, and the devices that containers were refused
     Monitor(monitor::Args),
     /// Show how the agent and the device filter are
     Status(status::Args),

@@ -1,12 +1,13 @@
 //! What the agent tells those who monitor it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::core::device::{Access, Kind, Number};
 use crate::core::info::GrantInfo;
-use crate::core::ledger::Entry;
+use crate::core::ledger::{Entry, Grant};
 
 /// One event. The field names are stable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +20,10 @@ pub enum Event {
         /// Its id.
         id: Option<String>,
     },
+    /// A device was plugged in, and these containers ask for it: what they are granted follows.
+    Plugged(Plug),
+    /// A device was unplugged, and these containers had it: what they are deprived of follows.
+    Unplugged(Plug),
     /// A container with annotations of ours was refused a device. At most so many are told a second.
     Refused(Refused),
     /// A container was given a device.
@@ -30,6 +35,38 @@ pub enum Event {
         /// How many.
         count: u64,
     },
+}
+
+/// A device that came or went.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plug {
+    /// The device's node on the host.
+    pub device: String,
+    /// `char` or `block`.
+    pub kind: Kind,
+    /// Major number.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+    /// Names of the containers, or their ids where they have none; sorted.
+    pub containers: Vec<String>,
+    /// Microseconds from hearing of it until that was known.
+    pub micros: u64,
+}
+
+impl Plug {
+    /// Of a device, and of those to whom these grants of it are made or were made.
+    pub fn new<'a>(node: &str, number: Number, grants: impl Iterator<Item = &'a Grant>, micros: u64) -> Plug {
+        let containers: BTreeSet<&str> = grants.map(|grant| grant.holder.label()).collect();
+        let (Number { kind, major, minor }, device) = (number, node.to_owned());
+        Plug { device, kind, major, minor, containers: containers.into_iter().map(str::to_owned).collect(), micros }
+    }
+
+    fn tell(&self, f: &mut fmt::Formatter<'_>, how: &str) -> fmt::Result {
+        let number = Number { kind: self.kind, major: self.major, minor: self.minor };
+        let containers = if self.containers.is_empty() { "no container" } else { &self.containers.join(", ") };
+        write!(f, "{} ({number}) was {how} {containers} ({} µs)", self.device, self.micros)
+    }
 }
 
 /// A refused open.
@@ -83,6 +120,9 @@ impl Event {
     pub fn concerns(&self, container: &str, id: &str) -> bool {
         let (its_name, its_id) = match self {
             Event::Ready { .. } | Event::Lost { .. } => return true,
+            Event::Plugged(plug) | Event::Unplugged(plug) => {
+                return plug.containers.iter().any(|its| its == container || its == id);
+            }
             Event::Refused(refused) => (&refused.container, &refused.id),
             Event::Granted(changed) | Event::Revoked(changed) => (&changed.container, &changed.id),
         };
@@ -97,6 +137,8 @@ impl fmt::Display for Event {
         match self {
             Event::Ready { container: Some(container), .. } => write!(f, "waiting for events of container {container}"),
             Event::Ready { .. } => f.write_str("waiting for events"),
+            Event::Plugged(plug) => plug.tell(f, "plugged in, for"),
+            Event::Unplugged(plug) => plug.tell(f, "unplugged, from"),
             Event::Refused(refused) => write!(f, "container {} was {refused}", refused.container),
             Event::Granted(changed) => write!(f, "container {} was granted {changed}", changed.container),
             Event::Revoked(changed) => write!(f, "container {} was deprived of {changed}", changed.container),
@@ -162,6 +204,11 @@ mod tests {
         }
     }
 
+    fn plug(containers: &[&str]) -> Plug {
+        let containers = containers.iter().map(|name| (*name).to_owned()).collect();
+        Plug { device: "/dev/ttyUSB0".into(), kind: Kind::Char, major: 188, minor: 0, containers, micros: 85 }
+    }
+
     #[test]
     fn each_event_as_programs_and_people_read_it() {
         for (event, value, text) in [
@@ -169,6 +216,22 @@ mod tests {
                 Event::Ready { container: None, id: None },
                 json!({ "event": "ready", "container": null, "id": null }),
                 "waiting for events",
+            ),
+            (
+                Event::Plugged(plug(&["web", "zigbee"])),
+                json!({
+                    "event": "plugged", "device": "/dev/ttyUSB0", "kind": "char", "major": 188, "minor": 0,
+                    "containers": ["web", "zigbee"], "micros": 85,
+                }),
+                "/dev/ttyUSB0 (c 188:0) was plugged in, for web, zigbee (85 µs)",
+            ),
+            (
+                Event::Unplugged(plug(&[])),
+                json!({
+                    "event": "unplugged", "device": "/dev/ttyUSB0", "kind": "char", "major": 188, "minor": 0,
+                    "containers": [], "micros": 85,
+                }),
+                "/dev/ttyUSB0 (c 188:0) was unplugged, from no container (85 µs)",
             ),
             (
                 Event::Refused(refused()),
@@ -221,5 +284,7 @@ mod tests {
         let event = Event::Refused(refused());
         assert!(event.concerns("web", "4567") && event.concerns("other", "0123") && !event.concerns("other", "4567"));
         assert!(Event::Lost { count: 1 }.concerns("other", "4567"));
+        let event = Event::Plugged(plug(&["web", "0123"]));
+        assert!(event.concerns("web", "4567") && event.concerns("other", "0123") && !event.concerns("other", "4567"));
     }
 }

@@ -3,7 +3,7 @@ use varlink_parser::{Argument, IDL, VStruct, VStructOrEnum, VType, VTypeExt};
 
 use super::*;
 use crate::core::device::Kind;
-use crate::core::event::{Changed, Event, Refused};
+use crate::core::event::{Changed, Event, Plug, Refused};
 use crate::core::explanation::{Explanation, Finding, Verdict};
 use crate::core::figures::Latency;
 use crate::core::info::{ContainerInfo, DeviceInfo, Explained, Proven, StatusInfo};
@@ -235,6 +235,7 @@ fn every_answer_is_as_it_is_described() {
         code: 5,
     };
     let changed = Changed { container, id, device, path, origin: "manual".into(), micros: Some(1) };
+    let plug = Plug { device: "/dev/ttyUSB0".into(), kind, major, minor, containers: vec!["web".into()], micros: 1 };
     let refused = Refused {
         container: "web".into(),
         id: "1".into(),
@@ -255,6 +256,8 @@ fn every_answer_is_as_it_is_described() {
         ("Verify", json!({ "proofs": [proven] })),
         ("Status", json!(status)),
         ("Monitor", json!(Event::Ready { container: None, id: None })),
+        ("Monitor", json!(Event::Plugged(plug.clone()))),
+        ("Monitor", json!(Event::Unplugged(plug))),
         ("Monitor", json!(Event::Granted(changed.clone()))),
         ("Monitor", json!(Event::Revoked(changed))),
         ("Monitor", json!(Event::Refused(refused))),

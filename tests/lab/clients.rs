@@ -1,8 +1,6 @@
 //! Programs as Debian has them, in containers with a network namespace of their own: they notice what is plugged in and
 //! out when those of the host do.
 
-use std::time::Duration;
-
 use serde_json::json;
 
 use crate::Case;
@@ -10,163 +8,18 @@ use crate::agent::Agent;
 use crate::container::Container;
 use crate::debian::DebianRoot;
 use crate::hook::Packaged;
+use crate::listeners::{HostMonitor, LISTEN, Listeners, UdevEvent, sorted};
 use crate::plug::{FIRST_PLUG, plug_stick};
-use crate::vm::{SOON, Vm};
+use crate::vm::{Plugged, SOON, Vm};
 
 pub(crate) const CASES: &[Case] = &[("clients::unmodified_programs_notice", unmodified_programs_notice)];
-
-/// Until all programs listen: Python and libinput take long to start here.
-const LISTENING: Duration = Duration::from_secs(60);
 
 /// How much later than programs on the host those in containers hear of a device at most, in seconds of the emulated
 /// machine, whose clock counts instructions: however busy the real one is.
 const NOTICED: f64 = 0.1;
 
-/// What follows the events in a container; the last one names where it writes.
-const LISTEN: &str = "\
-    out=/out/$1; mkdir -p $out; exec 2>&1
-    udevadm monitor --udev --property >$out/udevadm &
-    python3 /out/clients.py >$out/pyudev &
-    stdbuf -oL libinput debug-events | python3 /out/stamp.py >$out/libinput &
-    wait";
-
 /// Serial sticks, keyboards, cameras and sound cards.
 const ASKS: [&str; 4] = ["ttyUSB", "input", "video", "audio"];
-
-/// The programs that listen, and their output.
-struct Listeners<'a> {
-    vm: &'a Vm,
-    root: &'a DebianRoot<'a>,
-    container: &'a Container<'a>,
-}
-
-impl<'a> Listeners<'a> {
-    #[track_caller]
-    fn start(vm: &'a Vm, root: &'a DebianRoot<'a>, container: &'a Container<'a>) -> Self {
-        vm.ok(&format!("podman exec --detach {name} sh /out/listen {name}", name = container.name));
-        Self { vm, root, container }
-    }
-
-    fn file(&self, program: &str) -> String {
-        format!("{}/out/{}/{program}", self.root.path(), self.container.name)
-    }
-
-    #[track_caller]
-    fn wait(&self, programs: &[&str]) {
-        let name = &self.container.name;
-        for program in programs {
-            let line = match *program {
-                "udevadm" => "^UDEV - ",
-                "pyudev" => "^listening",
-                // The devices that are there.
-                _ => ".",
-            };
-            let is_there = format!("grep -q '{line}' {}", self.file(program));
-            self.vm.wait_ok(&format!("{program} in {name} to listen"), LISTENING, &is_there);
-        }
-    }
-
-    /// What `udevadm monitor` printed.
-    #[track_caller]
-    fn events(&self) -> Vec<UdevEvent> {
-        UdevEvent::all(&self.vm.ok(&format!("cat {}", self.file("udevadm"))))
-    }
-
-    /// What pyudev heard, in the same form but without properties.
-    #[track_caller]
-    fn heard(&self) -> Vec<UdevEvent> {
-        self.vm.ok(&format!("cat {}", self.file("pyudev"))).lines().filter_map(UdevEvent::of_pyudev).collect()
-    }
-}
-
-/// A message of udevd.
-#[derive(Debug, Clone)]
-struct UdevEvent {
-    /// When it was received, in seconds since the boot.
-    at: f64,
-    action: String,
-    devpath: String,
-    /// Lines `KEY=VALUE`; see [`sorted`].
-    properties: Vec<String>,
-}
-
-impl UdevEvent {
-    /// From the output of `udevadm monitor --property`.
-    fn all(text: &str) -> Vec<Self> {
-        let mut events = Vec::new();
-        for paragraph in text.split("\n\n") {
-            let mut lines = paragraph.lines();
-            let Some(head) = lines.find_map(|line| line.strip_prefix("UDEV  [")) else { continue };
-            let (at, rest) = head.split_once(']').expect("a time");
-            let mut words = rest.split_whitespace();
-            let mut word = || words.next().expect("an action and a path").to_owned();
-            let (action, devpath) = (word(), word());
-            let properties = sorted(lines);
-            events.push(Self { at: at.parse().expect("seconds"), action, devpath, properties });
-        }
-        events
-    }
-
-    /// From a line of `clients.py`.
-    fn of_pyudev(line: &str) -> Option<Self> {
-        let mut words = line.split(' ');
-        let at = words.next()?.parse().ok()?;
-        let (action, devpath) = (words.next()?.to_owned(), words.next()?.to_owned());
-        Some(Self { at, action, devpath, properties: Vec::new() })
-    }
-
-    /// Whether it is about the device itself, at this path of the host's or below, and not about what it hangs on.
-    fn is_of(&self, names: &[&str]) -> bool {
-        let last = self.devpath.rsplit('/').next().unwrap_or_default();
-        let has_node = self.properties.iter().any(|line| line.starts_with("MAJOR="));
-        has_node && names.iter().any(|name| last.starts_with(name))
-    }
-}
-
-/// Lines, and the words in each: links and tags are in no particular order. Properties that udevd keeps to its rules,
-/// whose names begin with a dot, are not in its database.
-fn sorted<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<String> {
-    let in_order = |line: &str| {
-        let (key, value) = line.split_once('=').unwrap_or((line, ""));
-        let separator = if key.ends_with("TAGS") { ':' } else { ' ' };
-        let mut words: Vec<&str> = value.split(separator).collect();
-        words.sort_unstable();
-        format!("{key}={}", words.join(" "))
-    };
-    let mut lines: Vec<String> = lines.filter(|line| !line.starts_with('.')).map(in_order).collect();
-    lines.sort();
-    lines
-}
-
-/// `udevadm monitor` of the host; ended on drop.
-struct HostMonitor<'vm>(&'vm Vm);
-
-impl<'vm> HostMonitor<'vm> {
-    const OUTPUT: &'static str = "/run/lab-host-events";
-
-    #[track_caller]
-    fn start(vm: &'vm Vm) -> Self {
-        vm.ok(&format!(
-            "systemd-run --quiet --collect --unit=lab-host-monitor -p StandardOutput=file:{0} \
-             udevadm monitor --udev --property",
-            Self::OUTPUT,
-        ));
-        let monitor = Self(vm);
-        vm.wait_ok("the host's monitor", LISTENING, &format!("grep -q '^UDEV - ' {}", Self::OUTPUT));
-        monitor
-    }
-
-    #[track_caller]
-    fn events(&self) -> Vec<UdevEvent> {
-        UdevEvent::all(&self.0.ok(&format!("cat {}", Self::OUTPUT)))
-    }
-}
-
-impl Drop for HostMonitor<'_> {
-    fn drop(&mut self) {
-        self.0.sh(&format!("systemctl stop lab-host-monitor; rm -f {}", Self::OUTPUT));
-    }
-}
 
 fn unmodified_programs_notice(vm: &Vm) {
     let _installed = Packaged::install(vm);
@@ -175,6 +28,7 @@ fn unmodified_programs_notice(vm: &Vm) {
     root.write("/out/listen", LISTEN);
     root.write("/out/clients.py", include_str!("clients.py"));
     root.write("/out/stamp.py", include_str!("stamp.py"));
+    root.write("/out/look.py", include_str!("look.py"));
     // One started before the agent, which had nothing of the hook's either, is no different: see the runtime tier.
     let agent = Agent::start(vm);
     let all: String = ASKS.map(|name| format!("--annotation org.containers.qm.device.{name}=true ")).concat();
@@ -213,6 +67,8 @@ fn unmodified_programs_notice(vm: &Vm) {
         assert_eq!(listed(&format!("podman exec {} libinput list-devices", container.name)), on_host);
     }
     // One after the other: how long a device takes is measured.
+    first.look_again_and_again("aplay", "USB Audio", "aplay -l");
+    first.look_again_and_again("v4l2-ctl", "vivid", "v4l2-ctl --list-devices");
     let sound = vm.plug("sound", "usb-audio", json!({ "audiodev": "silence" }));
     vm.wait_ok("the sound card", FIRST_PLUG, "test -c /dev/snd/controlC0 && udevadm settle");
     vm.sh_within(FIRST_PLUG, "modprobe vivid n_devs=1");
@@ -226,6 +82,7 @@ fn unmodified_programs_notice(vm: &Vm) {
         let cards = vm.ok(&format!("podman exec {name} aplay -l"));
         assert!(cards.contains("USB Audio"), "{name}: {cards}");
     }
+    ["aplay", "v4l2-ctl"].iter().for_each(|program| first.wait_for_a_look(program, true));
     let wholes = wholes(vm);
     for directory in &wholes {
         let info = format!("udevadm info {directory}");
@@ -237,12 +94,16 @@ fn unmodified_programs_notice(vm: &Vm) {
         assert!(!shown.contains("ID_BUS"), "{} was not granted any of it: {shown}", asking[2].name);
     }
 
-    for plugged in [stick, keyboard, sound] {
+    let unplug = |plugged: Plugged<'_>| {
         plugged.unplug();
         vm.ok("udevadm settle");
-    }
-    vm.wait_ok("udev to let go of the camera", FIRST_PLUG, "modprobe -r vivid");
+    };
+    unplug(sound);
+    vm.wait_ok("all to let go of the camera", FIRST_PLUG, "modprobe -r vivid");
     vm.ok("udevadm settle");
+    ["aplay", "v4l2-ctl"].iter().for_each(|program| first.wait_for_a_look(program, false));
+    first.look_no_more();
+    [stick, keyboard].into_iter().for_each(unplug);
     let is_gone = "! test -e /dev/ttyUSB0 && ! test -e /dev/video0 && ! test -e /dev/snd/controlC0";
     for container in &asking {
         vm.wait_ok("all to go", SOON, &container.outside(&format!("sh -c '{is_gone}'")));
@@ -253,9 +114,12 @@ fn unmodified_programs_notice(vm: &Vm) {
         assert!(!shown.contains("vivid") && !shown.contains("USB Audio"), "{name}: {shown}");
     }
     let on_host = host.events();
+    sees_it_in_time(first, "aplay", "controlC0", &on_host);
+    sees_it_in_time(first, "v4l2-ctl", "video0", &on_host);
     for listener in [first, second] {
         let gone = format!("grep -q 'DEVICE_REMOVED.*USB Keyboard' {}", listener.file("libinput"));
         vm.wait_ok("libinput to see the keyboard go", SOON, &gone);
+        libinput_sees_it_in_time(listener, &on_host);
         hear_what_the_host_hears(
             listener,
             &on_host,
@@ -335,6 +199,43 @@ fn shows_what_the_host_shows(vm: &Vm, asking: &[Container<'_>], deaf: &Container
     assert_eq!(vm.ok(&sticks_alone.outside("ls /run/udev/data")), "c188:0");
     let seen = vm.ok(&deaf.outside("sh -c 'ls /run/udev/data /dev/serial 2>/dev/null; true'"));
     assert_eq!(seen, "", "{}", deaf.name);
+}
+
+/// When the host heard of that device with that name, in seconds since the boot.
+#[track_caller]
+fn when(on_host: &[UdevEvent], action: &str, name: &str) -> f64 {
+    let is_it = |event: &&UdevEvent| event.action == action && event.devpath.rsplit('/').next() == Some(name);
+    on_host.iter().find(is_it).unwrap_or_else(|| panic!("no {action} of {name}: {on_host:#?}")).at
+}
+
+/// A program that is run again and again shows the device in each run that was begun in time, and not after it is gone.
+#[track_caller]
+fn sees_it_in_time(listener: &Listeners<'_>, program: &str, name: &str, on_host: &[UdevEvent]) {
+    let looks = listener.looks(program);
+    let (plugged, unplugged) = (when(on_host, "add", name), when(on_host, "remove", name));
+    for (what, from, to, is_there) in [("plug", plugged, unplugged, true), ("unplug", unplugged, f64::MAX, false)] {
+        let its: Vec<_> = looks.iter().filter(|look| (from..to).contains(&look.begun)).collect();
+        let latest =
+            its.iter().filter(|look| look.is_there != is_there).map(|look| look.begun - from).fold(0.0, f64::max);
+        eprintln!(
+            "    {program}, {what}: the latest of {} runs to miss it was begun {:.1} ms after the host's event",
+            its.len(),
+            latest * 1e3
+        );
+        assert!(latest <= NOTICED, "{program} missed the {what} {latest} s after the host's own event: {its:#?}");
+        assert!(its.iter().any(|look| look.is_there == is_there), "{program} was not run after the {what}: {looks:#?}");
+    }
+}
+
+/// Its lines have the time at which they came.
+#[track_caller]
+fn libinput_sees_it_in_time(listener: &Listeners<'_>, on_host: &[UdevEvent]) {
+    for (line, action) in [("DEVICE_ADDED", "add"), ("DEVICE_REMOVED", "remove")] {
+        let (at, device) = listener.libinput(line, "USB Keyboard");
+        let after = at - when(on_host, action, &device);
+        eprintln!("    libinput: {action} {device} {:.1} ms after the host's own event", after * 1e3);
+        assert!(after <= NOTICED, "libinput: {action} of {device} {after} s after the host's own event");
+    }
 }
 
 /// Each event that the host heard of these devices, exactly as often, and with the same properties.

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use serde_json::Value;
+
 use crate::Case;
 use crate::agent::{grants_of, status};
 use crate::container::Container;
@@ -59,6 +61,7 @@ fn service_hook_and_removal(vm: &Vm) {
     the_unit_is_sound(vm);
     vm.ok("systemctl enable --now --quiet qm-hotplug");
     the_service_runs(vm);
+    the_host_is_well(vm);
     // Through the hook, which lets them pass as there is nothing plugged in.
     let mut containers =
         Container::run_all(vm, &[("crun", "unit-crun", ASKS_FOR_STICKS), ("runc", "unit-runc", ASKS_FOR_STICKS)]);
@@ -112,6 +115,24 @@ fn the_service_runs(vm: &Vm) {
     eprintln!("    {}:{exposure}; capabilities: {bounding}; resident memory: {memory}", vm.release());
 }
 
+/// What `doctor` says of it, with the service and without.
+fn the_host_is_well(vm: &Vm) {
+    let look = || -> Vec<Value> { serde_json::from_str(&vm.ok("qm-hotplug doctor --json")).expect("JSON") };
+    let checks = look();
+    for topic in ["rights", "kernel", "cgroup", "filter", "udev", "hook", "agent", "engines", "security"] {
+        assert!(checks.iter().any(|check| check["topic"] == topic), "{topic} is missing in {checks:#?}");
+    }
+    assert!(checks.iter().all(|check| check["state"] == "ok"), "{checks:#?}");
+    vm.ok("systemctl stop qm-hotplug");
+    let checks = look();
+    let agent = checks.iter().find(|check| check["topic"] == "agent").expect("its line");
+    let remedy = agent["remedy"].as_str().expect("what to do").trim_start_matches("sudo ");
+    assert_eq!(agent["state"], "warning", "{agent}");
+    // It is a command line that does what it says.
+    vm.ok(remedy);
+    assert!(look().iter().all(|check| check["state"] == "ok"), "after {remedy}");
+}
+
 #[track_caller]
 fn plugging_works(vm: &Vm, containers: &[Container<'_>], by: &str) {
     let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
@@ -142,6 +163,13 @@ fn refusals_are_told(vm: &Vm, containers: &[Container<'_>]) {
         let journal = vm.ok(&format!("journalctl --sync; journalctl -o cat {fields}"));
         assert!(journal.contains("refused c 4:3 /dev/tty3 (rw)"), "{journal}");
     }
+    let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
+    let lines = ["was plugged in, for ", "was granted /dev/ttyUSB0 (rule:ttyUSB, "];
+    lines.iter().for_each(|line| vm.wait_ok(line, SOON, &format!("grep -F '{line}' /run/qmh-told")));
+    eprintln!("{}", vm.ok("grep ttyUSB0 /run/qmh-told"));
+    stick.unplug();
+    vm.wait_ok("the end to be told", SOON, "grep -F '/dev/ttyUSB0 (c 188:0) was unplugged, from ' /run/qmh-told");
+    containers.iter().for_each(|container| container.wait_for_no("/dev/ttyUSB0"));
     vm.ok("systemctl stop qmh-told; rm /run/qmh-told");
 }
 

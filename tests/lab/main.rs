@@ -21,12 +21,14 @@ mod hub;
 mod incus;
 mod inner_systemd;
 mod install;
+mod listeners;
 mod mapped;
 mod nested;
 mod operation;
 mod plug;
 mod qmp;
 mod reboot;
+mod recipes;
 mod rootless;
 mod runtimes;
 mod seat;
@@ -83,6 +85,8 @@ fn cases() -> impl Iterator<Item = Case> {
         in_trixie(select_ask::CASES),
         rootless::CASES,
         runtimes::CASES,
+        // Bookworm's Podman knows no quadlets.
+        in_trixie(recipes::CASES),
         in_trixie(incus::CASES),
         in_trixie(selinux::CASES),
         hub::CASES,

@@ -1,5 +1,6 @@
 //! `qm-hotplug monitor`: what containers are refused, given and deprived of.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -11,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::agent::{TTYS, assert_has_ttys};
-use crate::plug::{block, numbers, trigger};
+use crate::plug::{block, console, numbers, trigger};
 use crate::state::{entries, ledger};
 use crate::support::podman::Container;
 use crate::support::{Agent, BINARY, qm, wait_for};
@@ -221,10 +222,10 @@ fn a_filter_that_somebody_took_out_is_heard_again(runtime: &str) {
 }
 
 fn what_comes_and_goes_is_told(runtime: &str) {
+    let device = block(41);
     let _agent = Agent::start();
     let c = Container::start(runtime, "qmh-changes", &TTYS);
     assert_has_ttys(&c);
-    let device = block(41);
     let (all, other) = (Monitor::start(&["--json"]), Monitor::start(&["podman:qmh-changes"]));
     let told = |event: &str, device: &str, path: &str, origin: &str| {
         let mut told = all.json();
@@ -238,17 +239,48 @@ fn what_comes_and_goes_is_told(runtime: &str) {
             })
         );
     };
+    let plug = |event: &str| {
+        let mut told = all.json();
+        assert!(told["micros"].take().as_u64().is_some_and(|micros| micros > 0), "{told}");
+        assert_eq!(
+            told,
+            json!({
+                "event": event, "device": "/dev/tty7", "kind": "char", "major": 4, "minor": 7,
+                "containers": ["qmh-changes"], "micros": null,
+            })
+        );
+    };
     trigger("remove", "tty7");
+    plug("unplugged");
     told("revoked", "/dev/tty7", "/dev/tty7", "rule:ttys");
     trigger("add", "tty7");
+    plug("plugged");
     told("granted", "/dev/tty7", "/dev/tty7", "rule:ttys");
+    // It is there already.
+    trigger("change", "tty7");
+    // Nobody asks for these, and who looks at one container does not hear of them.
+    let nobodys = |event: &str| {
+        let node = |_| {
+            let told = all.json();
+            assert_eq!((&told["event"], &told["containers"]), (&json!(event), &json!([])), "{told}");
+            told["device"].as_str().unwrap().to_owned()
+        };
+        let told: BTreeSet<String> = (0..3).map(node).collect();
+        assert_eq!(told, ["/dev/vcs41", "/dev/vcsa41", "/dev/vcsu41"].map(str::to_owned).into());
+    };
+    let console = console(41);
+    nobodys("plugged");
+    console.unplug();
+    nobodys("unplugged");
     qm(&["attach", &c.name, &device.path, "/dev/mine"]).ok();
     told("granted", &device.path, "/dev/mine", "manual");
     qm(&["attach", &c.name, &device.path, "/dev/mine"]).ok();
     qm(&["detach", &c.name, "/dev/mine"]).ok();
     told("revoked", &device.path, "/dev/mine", "manual");
     all.is_silent();
+    assert!(other.line().starts_with("/dev/tty7 (c 4:7) was unplugged, from qmh-changes ("));
     assert!(other.line().starts_with("container qmh-changes was deprived of /dev/tty7 (rule:ttys, "));
+    assert!(other.line().starts_with("/dev/tty7 (c 4:7) was plugged in, for qmh-changes ("));
     assert!(other.line().starts_with("container qmh-changes was granted /dev/tty7 (rule:ttys, "));
     assert!(other.line().starts_with("container qmh-changes was granted /dev/loop41 at /dev/mine (manual, "));
     assert!(other.line().starts_with("container qmh-changes was deprived of /dev/loop41 at /dev/mine (manual, "));
