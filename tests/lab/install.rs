@@ -165,7 +165,9 @@ fn refusals_are_told(vm: &Vm, containers: &[Container<'_>]) {
     }
     let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
     let lines = ["was plugged in, for ", "was granted /dev/ttyUSB0 (rule:ttyUSB, "];
-    lines.iter().for_each(|line| vm.wait_ok(line, SOON, &format!("grep -F '{line}' /run/qmh-told")));
+    for line in lines {
+        vm.wait_ok(line, SOON, &format!("grep -F '{line}' /run/qmh-told"));
+    }
     eprintln!("{}", vm.ok("grep ttyUSB0 /run/qmh-told"));
     stick.unplug();
     vm.wait_ok("the end to be told", SOON, "grep -F '/dev/ttyUSB0 (c 188:0) was unplugged, from ' /run/qmh-told");
