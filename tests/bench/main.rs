@@ -90,6 +90,8 @@ fn commands() -> Vec<Figure> {
     figures
 }
 
+/// Between a plug and an unplug.
+const PAUSE: Duration = Duration::from_millis(5);
 /// Rounds of plug and unplug.
 const ROUNDS: usize = 200;
 
@@ -103,13 +105,17 @@ fn events() -> Vec<Figure> {
     probe.wait(true);
     for _ in 0..ROUNDS {
         down.push(probe.after(false, || trigger("remove")));
+        // What follows a removal, those inside being told of it, is over when a person plugs in again.
+        std::thread::sleep(PAUSE);
         up.push(probe.after(true, || trigger("add")));
+        std::thread::sleep(PAUSE);
     }
     let own = micros(&agent.log(), "granted /dev/tty7");
     let rude = Rude::start(65_533, "/run/qm-hotplug/io.qmhotplug".as_ref());
     let mut beside = Vec::new();
     for _ in 0..ROUNDS {
         probe.after(false, || trigger("remove"));
+        std::thread::sleep(PAUSE);
         beside.push(probe.after(true, || trigger("add")));
     }
     drop(rude);

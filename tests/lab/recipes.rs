@@ -14,7 +14,7 @@ const QUADLETS: [&str; 2] = ["home-assistant", "rear-camera"];
 /// What has to be another one here: there is no network to pull images from, and the stick is one of qemu's.
 const STAND_INS: &str = "\
     -e 's/usb=10c4:ea60/usb=0403:6001/' \
-    -e 's#^Image=.*#Rootfs=/var/tmp/recipes\\nExec=sleep 100000#' \
+    -e '/^Network=/d' -e 's#^Image=.*#Network=none\\nRootfs=/var/tmp/recipes\\nExec=sleep 100000#' \
     -e 's#^\\( *\\)image: .*#\\1image: lab:1\\n\\1command: sleep 100000\\n\\1network_mode: none\\n\\1security_opt: [apparmor=unconfined]#'";
 
 /// What the recipes put on the machine; removed on drop.
