@@ -159,10 +159,11 @@ fn trigger(action: &str) {
     std::fs::write("/sys/class/tty/tty7/uevent", action).unwrap();
 }
 
-/// A process's resident memory.
+/// A process's resident memory, and what of it is its own: the rest are pages of files, programs and libraries first of all.
 fn resident(pid: u32) -> String {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("?").trim().to_owned()
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("?").trim().to_owned();
+    format!("{}, {} of it its own", field("VmRSS:"), field("RssAnon:"))
 }
 
 /// From the agent's log: the times between reading an event and the change being in force.

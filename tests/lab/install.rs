@@ -117,7 +117,7 @@ fn the_service_runs(vm: &Vm) {
 
 /// What `doctor` says of it, with the service and without.
 fn the_host_is_well(vm: &Vm) {
-    let look = || -> Vec<Value> { serde_json::from_str(&vm.ok("qm-hotplug doctor --json")).expect("JSON") };
+    let look = || -> Vec<Value> { serde_json::from_str(&vm.ok("/usr/bin/qm-hotplug doctor --json")).expect("JSON") };
     let checks = look();
     for topic in ["rights", "kernel", "cgroup", "filter", "udev", "hook", "agent", "engines", "security"] {
         assert!(checks.iter().any(|check| check["topic"] == topic), "{topic} is missing in {checks:#?}");
