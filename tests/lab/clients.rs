@@ -8,7 +8,7 @@ use crate::agent::Agent;
 use crate::container::Container;
 use crate::debian::DebianRoot;
 use crate::hook::Packaged;
-use crate::listeners::{HostMonitor, LISTEN, Listeners, UdevEvent, sorted};
+use crate::listeners::{HostMonitor, LISTEN, Listeners, Look, UdevEvent, sorted};
 use crate::plug::{FIRST_PLUG, plug_stick};
 use crate::vm::{Plugged, SOON, Vm};
 
@@ -219,8 +219,8 @@ fn sees_it_in_time(listener: &Listeners<'_>, program: &str, name: &str, on_host:
     let looks = listener.looks(program);
     let (plugged, unplugged) = (when(on_host, "add", name), when(on_host, "remove", name));
     for (what, from, to, is_there) in [("plug", plugged, unplugging, true), ("unplug", unplugged, f64::MAX, false)] {
-        let its: Vec<_> = looks.iter().filter(|look| (from..to).contains(&look.begun)).collect();
-        let (saw, missed): (Vec<_>, Vec<_>) = its.iter().partition(|look| look.is_there == is_there);
+        let its: Vec<Look> = looks.iter().copied().filter(|look| (from..to).contains(&look.begun)).collect();
+        let (saw, missed): (Vec<&Look>, Vec<&Look>) = its.iter().partition(|look| look.is_there == is_there);
         assert!(!saw.is_empty(), "{program} was not run after the {what}: {looks:#?}");
         let latest = missed.iter().map(|look| look.begun - from).fold(0.0, f64::max);
         let (missed, all, latest_ms) = (missed.len(), its.len(), latest * 1e3);
