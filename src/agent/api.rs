@@ -7,11 +7,12 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixListener as Listener;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::unistd::Group;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::task::{JoinSet, LocalSet};
 use tokio::time::{sleep, timeout};
 
@@ -19,6 +20,7 @@ use crate::agent::conversation;
 use crate::agent::monitors::Monitors;
 use crate::core::operator::Caller;
 use crate::core::protocol::{Reply, Request};
+use crate::core::settings::Settings;
 use crate::error::{Error, Result};
 use crate::sys::activation;
 
@@ -49,6 +51,16 @@ pub(super) struct Call {
     pub(super) answer: oneshot::Sender<Reply>,
 }
 
+/// What those who serve callers have of the agent.
+#[derive(Debug, Clone)]
+pub(super) struct Agent {
+    /// What only the loop can answer.
+    pub(super) calls: mpsc::Sender<Call>,
+    pub(super) monitors: Monitors,
+    /// The configuration that is in force.
+    pub(super) settings: watch::Receiver<Arc<Settings>>,
+}
+
 /// The agent's end of it. Who drops [`Api::calls`] ends all conversations.
 #[derive(Debug)]
 pub(super) struct Api {
@@ -62,18 +74,19 @@ pub(super) struct Api {
 
 impl Api {
     /// Listens at the socket that systemd hands over, or at one of our own at that path.
-    pub(super) fn start(path: &Path, monitors: Monitors) -> Result<Api> {
+    pub(super) fn start(path: &Path, monitors: Monitors, settings: watch::Receiver<Arc<Settings>>) -> Result<Api> {
         let failed = || Error::host::<io::Error>(format!("listen at {}", path.display()));
         let given = activation::socket().map_err(failed())?;
         let path = given.is_none().then(|| path.to_owned());
         let listener = given.map_or_else(|| listen(path.as_deref().expect("it is ours")), |fd| Ok(Listener::from(fd)));
         let listener = listener.map_err(failed())?;
-        let ((caller, calls), (say, ended)) = (mpsc::channel(16), oneshot::channel());
+        let ((sender, calls), (say, ended)) = (mpsc::channel(16), oneshot::channel());
+        let agent = Agent { calls: sender, monitors, settings };
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         let runtime = runtime.enable_all().max_blocking_threads(LOOKING).build().map_err(failed())?;
         let is_ours = path.is_some();
         let life = move || {
-            LocalSet::new().block_on(&runtime, serve(listener, is_ours, &caller, &monitors));
+            LocalSet::new().block_on(&runtime, serve(listener, is_ours, &agent));
             let _ = say.send(());
             // Who looks into a container that does not answer is not waited for.
             runtime.shutdown_background();
@@ -118,7 +131,7 @@ fn listen(path: &Path) -> io::Result<Listener> {
 }
 
 /// Lets in who calls, until nobody takes requests any more.
-async fn serve(listener: Listener, is_ours: bool, caller: &mpsc::Sender<Call>, monitors: &Monitors) {
+async fn serve(listener: Listener, is_ours: bool, agent: &Agent) {
     let listener = match listener.set_nonblocking(true).and_then(|()| UnixListener::from_std(listener)) {
         Ok(listener) => listener,
         Err(error) => return tracing::error!("nobody can call: {error}"),
@@ -129,9 +142,9 @@ async fn serve(listener: Listener, is_ours: bool, caller: &mpsc::Sender<Call>, m
         let peer = Peer { uid: credentials.uid(), pid: credentials.pid().unwrap_or(0) };
         match Seat::take(&users, peer.uid) {
             Some(seat) => {
-                let (turn, caller, monitors) = (Rc::clone(&seat.turn), caller.clone(), monitors.clone());
+                let (turn, agent) = (Rc::clone(&seat.turn), agent.clone());
                 callers.spawn_local(async move {
-                    conversation::lead(stream, peer, turn, caller, monitors).await;
+                    conversation::lead(stream, peer, turn, agent).await;
                     drop(seat);
                 });
             }
@@ -156,7 +169,7 @@ async fn serve(listener: Listener, is_ours: bool, caller: &mpsc::Sender<Call>, m
                 }
             },
             Some(_) = callers.join_next() => {}
-            () = caller.closed() => break,
+            () = agent.calls.closed() => break,
         }
     }
     // Who is waiting at a socket of systemd's gets his answer from the next agent.

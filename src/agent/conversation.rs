@@ -1,6 +1,7 @@
 //! One who calls at the agent's socket: requests in, answers out.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
@@ -11,11 +12,11 @@ use tokio::sync::{Mutex, broadcast, mpsc, oneshot};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use crate::agent::api::{Call, Peer};
-use crate::agent::monitors::Monitors;
+use crate::agent::api::{Agent, Call, Peer};
 use crate::agent::operators;
 use crate::core::event::Event;
 use crate::core::protocol::{Bad, Incoming, Reply, Request, frame, parse_request};
+use crate::core::settings::Settings;
 use crate::core::text::excerpt;
 use crate::error::Result;
 use crate::ops::containers::containers;
@@ -31,25 +32,19 @@ const LONGEST: usize = 64 * 1024;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Serves one caller until he hangs up, sends what is no request or something too long, or takes too long for it.
-pub(super) async fn lead(
-    mut stream: UnixStream,
-    peer: Peer,
-    turn: Rc<Mutex<()>>,
-    calls: mpsc::Sender<Call>,
-    monitors: Monitors,
-) {
+pub(super) async fn lead(mut stream: UnixStream, peer: Peer, turn: Rc<Mutex<()>>, agent: Agent) {
     let (mut pending, mut searched, mut buffer) = (Vec::new(), 0, [0; 4096]);
     loop {
         while let Some(end) = pending[searched..].iter().position(|byte| *byte == 0).map(|at| searched + at) {
             let message: Vec<u8> = pending.drain(..=end).collect();
             searched = 0;
-            let Some((reply, events)) = answer(&message[..end], peer, &turn, &calls, &monitors).await else { return };
+            let Some((reply, events)) = answer(&message[..end], peer, &turn, &agent).await else { return };
             let Some(reply) = reply else { continue };
             if !write(&mut stream, &reply).await {
                 return;
             }
             if let Some(events) = events {
-                return tell(stream, events, reply, calls).await;
+                return tell(stream, events, reply, agent.calls).await;
             }
         }
         searched = pending.len();
@@ -69,7 +64,7 @@ pub(super) async fn lead(
                 Err(_) => return refuse(peer, "the rest of a request did not come"),
             },
             // Nobody takes requests any more, and what was asked for until now is answered.
-            () = calls.closed() => return,
+            () = agent.calls.closed() => return,
         }
     }
 }
@@ -87,13 +82,7 @@ async fn write(stream: &mut UnixStream, reply: &Reply) -> bool {
 type Answer = (Option<Reply>, Option<broadcast::Receiver<Event>>);
 
 /// The answer, if the caller takes one, and what follows it where that is a stream; `None` where he is to be hung up on.
-async fn answer(
-    message: &[u8],
-    peer: Peer,
-    turn: &Mutex<()>,
-    calls: &mpsc::Sender<Call>,
-    monitors: &Monitors,
-) -> Option<Answer> {
+async fn answer(message: &[u8], peer: Peer, turn: &Mutex<()>, agent: &Agent) -> Option<Answer> {
     let Incoming { request, oneway, .. } = match parse_request(message) {
         Ok(incoming) => incoming,
         Err(Bad::Refused(reply)) => return Some((reply, None)),
@@ -103,7 +92,7 @@ async fn answer(
         }
     };
     // Subscribed before the answer says so.
-    let events = matches!(request, Request::Monitor(_)).then(|| monitors.subscribe());
+    let events = matches!(request, Request::Monitor(_)).then(|| agent.monitors.subscribe());
     let reply = match request {
         Request::GetInfo(_) => Reply::info(),
         Request::GetInterfaceDescription(request) => Reply::description(&request),
@@ -115,7 +104,10 @@ async fn answer(
         Request::Devices(_) | Request::Containers(_) | Request::Explain(_) | Request::Verify(_) => {
             // One at a time for each user.
             let _turn = turn.lock().await;
-            spawn_blocking(move || look(request)).await.unwrap_or_else(|_| Reply::bad(1, "looking for that failed"))
+            let settings = Arc::clone(&agent.settings.borrow());
+            spawn_blocking(move || look(request, &settings))
+                .await
+                .unwrap_or_else(|_| Reply::bad(1, "looking for that failed"))
         }
         request => {
             let (answer, reply) = oneshot::channel();
@@ -125,7 +117,7 @@ async fn answer(
                 true => spawn_blocking(move || operators::caller(peer.uid)).await.ok(),
                 false => None,
             };
-            let sent = calls.send(Call { request, peer, caller, answer }).await.is_ok();
+            let sent = agent.calls.send(Call { request, peer, caller, answer }).await.is_ok();
             let stopping = || Reply::bad(1, "the agent is stopping: ask again once it runs, or once it is gone");
             if sent { reply.await.unwrap_or_else(|_| stopping()) } else { stopping() }
         }
@@ -148,13 +140,13 @@ fn names_what_is_roots(request: &Request) -> bool {
 }
 
 /// What the agent need not know: the host is looked at anew.
-fn look(request: Request) -> Reply {
+fn look(request: Request, settings: &Settings) -> Reply {
     let found = || -> Result<Reply> {
         Ok(Reply::good(match request {
-            Request::Devices(request) => json!({ "devices": devices(request.selector.as_deref())? }),
-            Request::Containers(_) => json!({ "containers": containers(runtime::scan())? }),
+            Request::Devices(request) => json!({ "devices": devices(settings, request.selector.as_deref())? }),
+            Request::Containers(_) => json!({ "containers": containers(settings, runtime::scan())? }),
             Request::Explain(its) => {
-                json!({ "explanation": explain(&runtime::scan(), &its.container, &its.device, true)? })
+                json!({ "explanation": explain(settings, &runtime::scan(), &its.container, &its.device, true)? })
             }
             Request::Verify(its) => {
                 let open = its.open.unwrap_or_default();
@@ -205,6 +197,7 @@ async fn tell(mut stream: UnixStream, mut events: broadcast::Receiver<Event>, re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::monitors::Monitors;
     use crate::core::event::Changed;
 
     /// One that does not read keeps nobody waiting, and learns how much it has missed.

@@ -1,6 +1,8 @@
 //! The agent: one loop that observes, plans and executes, and the socket that people and programs talk to.
 
+mod answers;
 mod api;
+mod asks;
 pub mod client;
 mod conversation;
 mod early;
@@ -18,30 +20,24 @@ mod users;
 mod watch;
 mod withdrawals;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
-use crate::agent::api::{Api, Call};
+use crate::agent::answers::answer;
+use crate::agent::api::Api;
 use crate::agent::client::Running;
 use crate::agent::news::{News, What};
 use crate::agent::refusals::Refusals;
 use crate::agent::registry::Registry;
 use crate::agent::service::Service;
-use crate::core::container::Reference;
-use crate::core::event::{Changed, Event};
-use crate::core::info::StatusInfo;
-use crate::core::ledger::Entry;
-use crate::core::protocol::{Grants, Monitor, Nothing, OneGrant, Reply, Request};
+use crate::core::protocol::{Nothing, Reply, Request};
 use crate::core::text::printable;
 use crate::error::{Error, Result};
 use crate::log;
-use crate::ops::live::lookup;
-use crate::ops::{Executor, request};
-use crate::runtime;
+use crate::ops::Executor;
 use crate::sys::device_filter::DeviceFilter;
 use crate::sys::{activation, caps, namespace, udev};
 
@@ -49,8 +45,6 @@ use crate::sys::{activation, caps, namespace, udev};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How many events may wait; when there are more, everything is compared instead.
 const QUEUE: usize = 65_536;
-/// How soon everything is looked for again, for a caller who names what is not there.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How many events are worked through before signals and the watchdog get their turn.
 const BATCH: usize = 1024;
 /// How long the end waits for those who are connected to be told of it, and for what has happened to be worked through:
@@ -106,7 +100,7 @@ async fn serve(mut executor: Executor) -> Result<()> {
     let (mut registry, mut refusals) = (Registry::new(watched, executor.persisted.all()), Refusals::new());
     compare(&mut executor, &mut registry, &mut refusals);
 
-    let mut api = Api::start(&client::socket_path(), registry.monitors.clone())?;
+    let mut api = Api::start(&client::socket_path(), registry.monitors.clone(), registry.in_force.subscribe())?;
     let running = Running::begin().map_err(Error::host("say that an agent runs"))?;
     let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
     tracing::info!(
@@ -289,111 +283,6 @@ fn lost(executor: &mut Executor, registry: &mut Registry, refusals: &mut Refusal
     let started = Instant::now();
     compare(executor, registry, refusals);
     registry.compared = Compared { started, took: started.elapsed(), is_due: false };
-}
-
-fn answer(executor: &mut Executor, registry: &mut Registry, call: &Call) -> Reply {
-    let request = &call.request;
-    let is_detach = matches!(request, Request::Detach(_));
-    let needs_before = is_detach || registry.monitors.are_there();
-    let all = |executor: &Executor| -> HashSet<Entry> { executor.ledger.entries().cloned().collect() };
-    let _stay = namespace::stay();
-    let (start, before) = (Instant::now(), needs_before.then(|| all(executor)));
-    let mut result = carry_out(executor, registry, call);
-    // Others than root cannot have everything looked for as often as they ask.
-    let may_look = call.peer.uid == 0 || registry.looked.elapsed() > LOOK_AGAIN;
-    if matches!(result, Err(Error::NoSuchContainer(_))) && may_look {
-        registry.looked = Instant::now();
-        // It may have started a moment ago, or its name may have been out of sight.
-        let mut new = BTreeSet::new();
-        for container in runtime::scan() {
-            let id = container.id.clone();
-            if registry.learn(&executor.cgroups, container) {
-                new.insert(id);
-            }
-        }
-        reconcile::arrived(executor, registry, &new, Instant::now());
-        result = carry_out(executor, registry, call);
-    }
-    registry.keep(&executor.cgroups, executor.persisted.all());
-    if is_detach {
-        executor.follow_asking(|id| registry.asks(id));
-    }
-    if matches!(request, Request::Attach(_)) {
-        executor.ledger.entries().for_each(|entry| registry.follow(&executor.cgroups, &entry.grant.holder));
-    }
-    if let Some(before) = before {
-        let (micros, after) = (Some(start.elapsed().as_micros() as u64), all(executor));
-        let gone: Vec<Entry> = before.difference(&after).cloned().collect();
-        gone.iter().for_each(|entry| registry.monitors.tell(|| Event::Revoked(Changed::new(entry, micros))));
-        after
-            .difference(&before)
-            .for_each(|entry| registry.monitors.tell(|| Event::Granted(Changed::new(entry, micros))));
-        if is_detach {
-            reconcile::freed(executor, registry, &gone);
-            reconcile::catch_up(executor, registry);
-        }
-    }
-    result.unwrap_or_else(|error| {
-        if call.peer.uid == 0 {
-            tracing::info!("refused: {}", error.chain());
-        }
-        Reply::bad(error.exit_code(), &error.chain())
-    })
-}
-
-fn carry_out(executor: &mut Executor, registry: &Registry, call: &Call) -> Result<Reply> {
-    let containers = registry.snapshot();
-    if !operators::may(executor, registry, &containers, call)? {
-        return Ok(Reply::denied());
-    }
-    match &call.request {
-        Request::Attach(attach) => {
-            request::attach(executor, &containers, attach).map(|grant| Reply::good(OneGrant { grant }))
-        }
-        Request::Detach(detach) => {
-            request::detach(executor, &containers, detach, true).map(|grants| Reply::good(Grants { grants }))
-        }
-        Request::List(list) => {
-            let grants = request::list(executor.ledger.entries(), &executor.persisted, &containers, list)?;
-            Ok(Reply::good(Grants { grants }))
-        }
-        Request::Status(_) => {
-            let grants = executor.ledger.count();
-            let status = request::status(&executor.cgroups, containers.len(), grants, Some(events_from()))?;
-            let figures = registry.figures.borrow();
-            let of_container = by_container(executor);
-            Ok(Reply::good(StatusInfo {
-                configuration: registry.problems.clone(),
-                uptime: Some(registry.since.elapsed().as_secs()),
-                seen: figures.seen,
-                lost: figures.lost,
-                compared: figures.compared,
-                latency: figures.latency(),
-                of_container,
-                ..status
-            }))
-        }
-        Request::Monitor(Monitor { container: None }) => Ok(Reply::good(Event::Ready { container: None, id: None })),
-        Request::Monitor(Monitor { container: Some(name) }) => {
-            let container = lookup(&containers, &Reference::parse(name).map_err(Error::Usage)?)?;
-            let (name, id) = (container.label().to_owned(), container.id);
-            Ok(Reply::good(Event::Ready { container: Some(name), id: Some(id) }))
-        }
-        // The loop does that itself, or the socket's thread.
-        _ => Ok(Reply::bad(1, "that is answered elsewhere")),
-    }
-}
-
-/// How many grants each container has: by its name, or by its id where another one has that name.
-fn by_container(executor: &Executor) -> BTreeMap<String, usize> {
-    let mut by_id: BTreeMap<(&str, &str), usize> = BTreeMap::new();
-    for Entry { grant, .. } in executor.ledger.entries() {
-        *by_id.entry((grant.holder.label(), &grant.holder.id)).or_default() += 1;
-    }
-    let mut of_name: BTreeMap<&str, usize> = BTreeMap::new();
-    by_id.keys().for_each(|(name, _)| *of_name.entry(name).or_default() += 1);
-    let is_alone = |name: &str| of_name[name] == 1;
-    by_id.iter().map(|((name, id), count)| (if is_alone(name) { *name } else { *id }.to_owned(), *count)).collect()
 }
 
 fn events_from() -> &'static str {

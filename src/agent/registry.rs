@@ -3,14 +3,18 @@
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch::Sender;
+
 use crate::agent::Compared;
+use crate::agent::asks::{nodes_at_start, rules_of};
 use crate::agent::monitors::Monitors;
 use crate::agent::said::Said;
 use crate::agent::watch::Watched;
 use crate::config;
-use crate::core::annotation::{AT_START, Ignored, rules};
+use crate::core::annotation::Ignored;
 use crate::core::attachment::Attached;
 use crate::core::category::Categories;
 use crate::core::container::Container;
@@ -130,7 +134,9 @@ pub(super) struct Registry {
     others: HashMap<String, (Process, u64)>,
     /// Ids of the cgroups that are watched, those of containers with grants.
     cgroups: BTreeSet<u64>,
-    settings: Settings,
+    settings: Arc<Settings>,
+    /// The same for those who look things up beside the loop.
+    pub(super) in_force: Sender<Arc<Settings>>,
     /// When this began.
     pub(super) since: Instant,
     /// When a caller last had all containers looked for.
@@ -164,11 +170,13 @@ impl Registry {
             tracing::error!("passed over: {problem}");
         }
         watched.serve(&settings.users);
+        let settings = Arc::new(settings);
         Registry {
             devices: BTreeMap::new(),
             containers: HashMap::new(),
             others: HashMap::new(),
             cgroups: BTreeSet::new(),
+            in_force: Sender::new(Arc::clone(&settings)),
             settings,
             since: Instant::now(),
             looked: Instant::now(),
@@ -287,7 +295,8 @@ impl Registry {
             }
             return Err(format!("the configuration stays as it was: {}", self.problems.join("; ")));
         }
-        self.settings = settings;
+        self.settings = Arc::new(settings);
+        self.in_force.send_replace(Arc::clone(&self.settings));
         self.watched.serve(&self.settings.users);
         self.said = Said::default();
         let wants_image = self.settings.policies.look_at_images();
@@ -383,28 +392,4 @@ impl Registry {
     pub(super) fn snapshot(&self) -> Vec<Container> {
         self.containers.values().map(|known| known.container.clone()).collect()
     }
-}
-
-/// By the hook's own annotation, which a container can have from anybody: then it may lose what it names there.
-fn nodes_at_start(container: &Container) -> Vec<String> {
-    let text = container.annotations.get(AT_START);
-    text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
-}
-
-/// What the container asks for by annotations, and what it gets without asking; first of all what a person attached.
-fn rules_of(settings: &Settings, attached: &[Attached], container: &Container) -> (Vec<Rule>, Vec<Ignored>) {
-    let (mut all, mut ignored) = Default::default();
-    if container.owner == 0 || settings.users.contains(&container.owner) {
-        (all, ignored) = rules(container.annotations(), &settings.categories);
-    }
-    all.splice(0..0, settings.rules_for(&subject(container, None, false)));
-    let mut kept = Vec::new();
-    for device in attached.iter().filter(|attached| attached.is_for(container)).flat_map(|attached| &attached.devices) {
-        match device.rule(&settings.categories) {
-            Ok(rule) => kept.push(rule),
-            Err(reason) => ignored.push(Ignored { key: "attach --persist".into(), reason, required: false }),
-        }
-    }
-    all.splice(0..0, kept);
-    (all, ignored)
 }

@@ -33,7 +33,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     if let Some(path) = &args.annotation {
         return annotation(path, args.json);
     }
-    let infos = ops::devices::devices(args.selector.as_deref())?;
+    let infos = ops::devices::devices(&config::settings_or_warn(), args.selector.as_deref())?;
     if args.json {
         return output::json(&infos);
     }

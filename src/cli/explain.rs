@@ -5,6 +5,7 @@ use clap_complete::ArgValueCompleter;
 use crate::agent::client;
 use crate::cli::complete::{containers, granted_or_devices};
 use crate::cli::{absolute, look, output};
+use crate::config;
 use crate::core::info::Explained;
 use crate::core::protocol::{Explain, Request};
 use crate::error::Result;
@@ -30,7 +31,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     let device = absolute(&args.device)?;
     let request = Explain { container: args.container.clone(), device: device.clone() };
     let explained: Explained = look(&Request::Explain(request), "explanation", || {
-        explain(&runtime::scan(), &args.container, &device, client::is_there())
+        explain(&config::settings_or_warn(), &runtime::scan(), &args.container, &device, client::is_there())
     })?;
     if args.json {
         return output::json(&explained);

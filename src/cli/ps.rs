@@ -1,6 +1,7 @@
 //! `qm-hotplug ps`.
 
 use crate::cli::{look, output};
+use crate::config;
 use crate::core::container::short_id;
 use crate::core::info::ContainerInfo;
 use crate::core::protocol::{Nothing, Request};
@@ -18,8 +19,9 @@ pub struct Args {
 
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
-    let found: Vec<ContainerInfo> =
-        look(&Request::Containers(Nothing {}), "containers", || containers(runtime::scan()))?;
+    let found: Vec<ContainerInfo> = look(&Request::Containers(Nothing {}), "containers", || {
+        containers(&config::settings_or_warn(), runtime::scan())
+    })?;
     if args.json {
         return output::json(&found);
     }

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use crate::config;
 use crate::core::annotation::rules;
 use crate::core::container::Container;
 use crate::core::info::ContainerInfo;
@@ -16,14 +15,13 @@ use crate::ops::store::{self, Store};
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::host::require_fitness;
 
-/// All of them, by name.
-pub fn containers(found: Vec<Container>) -> Result<Vec<ContainerInfo>> {
+/// All of them, by name; what they ask for by this configuration.
+pub fn containers(settings: &Settings, found: Vec<Container>) -> Result<Vec<ContainerInfo>> {
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
-    let settings = config::settings_or_warn();
     let entries = Store::peek(Path::new(RUN_DIRECTORY), store::warn)?;
     let mut infos: Vec<ContainerInfo> =
-        found.into_iter().map(|container| info(&cgroups, &settings, &entries, container)).collect();
+        found.into_iter().map(|container| info(&cgroups, settings, &entries, container)).collect();
     infos.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
     Ok(infos)
 }

@@ -1,28 +1,28 @@
 //! The devices of this host, with what selectors can ask of them.
 
-use crate::config;
 use crate::core::category::Categories;
 use crate::core::device::Device;
 use crate::core::facts::Facts;
 use crate::core::grammar::{Author, selection};
 use crate::core::info::DeviceInfo;
 use crate::core::seat;
+use crate::core::settings::Settings;
 use crate::error::{Error, Result};
 use crate::sys::sysfs::KernelSysfs;
 use crate::sys::udev;
 
-/// Those that have a node, in the order of their names: all, or those that a selector means.
-pub fn devices(selector: Option<&str>) -> Result<Vec<DeviceInfo>> {
-    let (categories, sysfs) = (config::settings_or_warn().categories, KernelSysfs::default());
+/// Those that have a node, in the order of their names: all, or those that a selector means in this configuration.
+pub fn devices(settings: &Settings, selector: Option<&str>) -> Result<Vec<DeviceInfo>> {
+    let (categories, sysfs) = (&settings.categories, KernelSysfs::default());
     let wanted = selector.map(|text| {
         let bad = |error| Error::Usage(format!("selector '{text}': {error}"));
-        selection("", text, &categories, Author::Root).map_err(bad)
+        selection("", text, categories, Author::Root).map_err(bad)
     });
     let wanted = wanted.transpose()?;
     let devices = sorted()?;
     let facts = devices.iter().map(|device| Facts::new(device, &sysfs));
     let is_wanted = |facts: &Facts<'_>| wanted.as_ref().is_none_or(|wanted| wanted.matches(facts).is_some());
-    Ok(facts.filter(is_wanted).map(|facts| info(&facts, &categories)).collect())
+    Ok(facts.filter(is_wanted).map(|facts| info(&facts, categories)).collect())
 }
 
 /// Those that have a node, in the order of their names.

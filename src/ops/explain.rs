@@ -4,7 +4,6 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use crate::config;
 use crate::core::annotation::{obstacle, rule, whole};
 use crate::core::category::Categories;
 use crate::core::container::{Container, Reference};
@@ -33,8 +32,14 @@ use crate::sys::sysfs::KernelSysfs;
 /// What the names of all our programs begin with.
 const OURS: &str = "qmhp_";
 
-/// Explains `device`, an absolute path on the host or inside. `agent` says whether one runs.
-pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) -> Result<Explained> {
+/// Explains `device`, an absolute path on the host or inside, by this configuration. `agent` says whether one runs.
+pub fn explain(
+    settings: &Settings,
+    containers: &[Container],
+    name: &str,
+    device: &str,
+    agent: bool,
+) -> Result<Explained> {
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
     let container = lookup(containers, &Reference::parse(name).map_err(Error::Usage)?)?;
@@ -49,10 +54,9 @@ pub fn explain(containers: &[Container], name: &str, device: &str, agent: bool) 
     let askable = inspection.as_ref().filter(|_| frozen.is_none());
     let all = targets(&container, &entries, askable, device)?;
     let target = all.first().expect("it is there or an error");
-    let settings = config::settings_or_warn();
     let holder = inspection.as_ref().map(|inspection| &inspection.holder);
     let its = live::subject(&container, holder, settings.policies.look_at_images());
-    let mut asks = asks(&container, &settings);
+    let mut asks = asks(&container, settings);
     let configured = settings.rules_for(&its).into_iter();
     asks.extend(configured.map(|rule| Ask { source: "the host's configuration".into(), rule: Ok(rule) }));
     let persisted = Persisted::look();

@@ -19,6 +19,7 @@ use crate::{Case, CaseOnce};
 pub(crate) const CASES: &[Case] = &[
     ("agent_socket::nonsense_is_answered_and_changes_nothing", nonsense_is_answered_and_changes_nothing),
     ("agent_socket::programs_can_talk_to_it", programs_can_talk_to_it),
+    ("agent_socket::it_tells_of_the_configuration_that_is_in_force", it_tells_of_the_configuration_that_is_in_force),
     ("agent_socket::callers_without_manners_harm_nobody", callers_without_manners_harm_nobody),
     ("agent_socket::operators_may_what_root_lets_them", operators_may_what_root_lets_them),
 ];
@@ -173,6 +174,39 @@ fn programs_can_talk_to_it(runtime: &str) {
     assert_eq!(service("GetInfo", json!({}))["interfaces"], json!(["org.varlink.service", "io.qmhotplug"]));
     let described = service("GetInterfaceDescription", json!({ "interface": "io.qmhotplug" }));
     assert_eq!(described["description"], include_str!("../../src/core/io.qmhotplug.varlink"));
+}
+
+/// Not of the one that is written and not yet read.
+fn it_tells_of_the_configuration_that_is_in_force(runtime: &str) {
+    configure("");
+    let _agent = Agent::start();
+    let c = Container::start(runtime, "qmh-in-force", &[]);
+    let device = console(42);
+    let call = |method: &str, parameters: Value| {
+        let request = json!({ "method": format!("io.qmhotplug.{method}"), "parameters": parameters }).to_string();
+        ask(&mut connect(), &[request.as_bytes(), b"\0"].concat()).unwrap()["parameters"].clone()
+    };
+    let told = || {
+        let running = call("Containers", json!({}))["containers"].clone();
+        let asks = running.as_array().unwrap().iter().find(|its| its["name"] == json!(c.name)).unwrap()["asks"].clone();
+        let found = call("Devices", json!({ "selector": "lab" }))["devices"].clone();
+        let explained = call("Explain", json!({ "container": c.name, "device": device.path })).to_string();
+        (asks, found, explained.contains("the host's configuration"))
+    };
+    let before = told();
+    assert_eq!((&before.0, before.2), (&json!([]), false), "{before:?}");
+    configure(&format!(
+        "[category.lab]\nnodes = [\"{0}\"]\n[[container]]\nmatch = \"{1}\"\ndevices = [\"devname={0}\"]\n",
+        device.path, c.name
+    ));
+    assert_eq!(told(), before, "it was not read yet");
+    qm(&["reload"]).ok();
+    let after = told();
+    assert_eq!(
+        (after.0, after.1[0]["minor"].clone(), after.2),
+        (json!([format!("devname={}", device.path)]), json!(128 + 42), true)
+    );
+    unconfigure();
 }
 
 /// Resident memory in KiB.
