@@ -90,5 +90,30 @@ fn systemds_client_talks_to_it(vm: &Vm) {
     assert_eq!(call(vm, "Status", json!({}))["agent"], true);
     stick.unplug();
     drop(container);
+    who_calls_on_an_unfit_host_is_hung_up_on(vm);
     drop(installed);
+}
+
+/// And has it started once, not for ever.
+#[track_caller]
+fn who_calls_on_an_unfit_host_is_hung_up_on(vm: &Vm) {
+    let directory = "/run/systemd/system/qm-hotplug.service.d";
+    vm.ok("systemctl stop qm-hotplug");
+    vm.ok(&format!(
+        "mkdir -p {directory} && printf '[Service]\\nCapabilityBoundingSet=\\nCapabilityBoundingSet=CAP_MKNOD\\n' \
+         >{directory}/unfit.conf && systemctl daemon-reload"
+    ));
+    let cursor = vm.ok("journalctl --sync; journalctl -n 0 --show-cursor");
+    let cursor = cursor.rsplit("cursor: ").next().unwrap_or_default().trim();
+    let called = vm.sh(&format!("timeout 60 varlinkctl call {SOCKET} io.qmhotplug.Status '{{}}'"));
+    assert!(!called.success() && called.status != 124, "{} {}", called.status, called.stdout);
+    vm.wait_ok("the service to have failed", SOON, "systemctl is-failed --quiet qm-hotplug.service");
+    vm.ok("sleep 3");
+    let journal = format!("journalctl --sync; journalctl -o cat -u qm-hotplug.service --after-cursor='{cursor}'");
+    let journal = vm.ok(&journal);
+    assert_eq!(journal.matches("Starting").count(), 1, "{journal}");
+    assert!(journal.contains("CAP_SYS_ADMIN"), "it says what is missing: {journal}");
+    assert_eq!(vm.ok("systemctl is-active qm-hotplug.socket"), "active");
+    vm.ok(&format!("rm -r {directory} && systemctl daemon-reload && systemctl reset-failed qm-hotplug.service"));
+    assert_eq!(call(vm, "Status", json!({}))["agent"], true, "fit again, the next caller has it started");
 }
