@@ -47,8 +47,13 @@ pub fn start(who: Who) -> Result<bool, TryInitError> {
         return Ok(true);
     }
     let plain = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
-    registry.with(plain.with_ansi(std::io::stderr().is_terminal())).try_init()?;
+    registry.with(plain.with_ansi(std::io::stderr().is_terminal() && colours_are_welcome())).try_init()?;
     Ok(false)
+}
+
+/// Unless `NO_COLOR` is set (no-color.org).
+pub(crate) fn colours_are_welcome() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// Whether stderr is what systemd connected to the journal: the variable is inherited by children whose stderr is not.

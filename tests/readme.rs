@@ -36,7 +36,7 @@ enum At {
     Lab(&'static str),
 }
 
-const COMMANDS: [(&str, At); 29] = [
+const COMMANDS: [(&str, At); 30] = [
     ("sudo scripts/demo.sh", At::Here),
     ("sudo scripts/test.sh", At::TestScript),
     ("sudo scripts/install.sh", At::Here),
@@ -63,6 +63,7 @@ const COMMANDS: [(&str, At); 29] = [
     ("sudo systemctl daemon-reload", At::Lab("sudo systemctl daemon-reload && ")),
     ("sudo systemctl start home-assistant", At::Lab("sudo systemctl start home-assistant ")),
     ("sudo docker compose up -d", At::Lab("docker compose up -d")),
+    ("sudo mkdir -p /etc/qm-hotplug/config.d", At::Lab("mkdir -p /etc/qm-hotplug/config.d")),
     ("sudo qm-hotplug reload", At::Lab("qm-hotplug reload")),
     ("sudo usermod --append --groups qm-hotplug alice", At::Lab("usermod --append --groups qm-hotplug ")),
     ("varlinkctl introspect /run/qm-hotplug/io.qmhotplug io.qmhotplug", At::Lab("varlinkctl introspect ")),

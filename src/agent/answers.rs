@@ -24,10 +24,11 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 pub(super) fn answer(executor: &mut Executor, registry: &mut Registry, call: &Call) -> Reply {
     let request = &call.request;
     let is_detach = matches!(request, Request::Detach(_));
-    let needs_before = is_detach || registry.monitors.are_there();
+    let is_change = is_detach || matches!(request, Request::Attach(_));
+    let needs_before = is_detach || is_change && registry.monitors.are_there();
     let all = |executor: &Executor| -> HashSet<Entry> { executor.ledger.entries().cloned().collect() };
     let _stay = namespace::stay();
-    let (start, before) = (Instant::now(), needs_before.then(|| all(executor)));
+    let (start, mut before) = (Instant::now(), needs_before.then(|| all(executor)));
     let mut result = carry_out(executor, registry, call);
     // Others than root cannot have everything looked for as often as they ask.
     let may_look = call.peer.uid == 0 || registry.looked.elapsed() > LOOK_AGAIN;
@@ -42,6 +43,8 @@ pub(super) fn answer(executor: &mut Executor, registry: &mut Registry, call: &Ca
             }
         }
         reconcile::arrived(executor, registry, &new, Instant::now());
+        // What came of that was told.
+        before = before.map(|_| all(executor));
         result = carry_out(executor, registry, call);
     }
     registry.keep(&executor.cgroups, executor.persisted.all());

@@ -67,10 +67,12 @@ impl Drop for Running {
     }
 }
 
-/// Whether an agent runs. Who cannot look at that has to call to know, and is told that one does.
+/// Whether an agent runs. Who cannot look at that has to call to know, and is told that one does; so is who can do nothing
+/// without one, since his call has it started at a socket of systemd's.
 pub fn is_there() -> bool {
     match File::open(lock_path()) {
         Ok(file) => flock(&file, FlockOperation::NonBlockingLockShared).is_err(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => !rustix::process::geteuid().is_root(),
         Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
     }
 }

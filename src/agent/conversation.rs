@@ -10,7 +10,7 @@ use tokio::net::UnixStream;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Mutex, broadcast, mpsc, oneshot};
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::agent::api::{Agent, Call, Peer};
 use crate::agent::operators;
@@ -33,17 +33,20 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Serves one caller until he hangs up, sends what is no request or something too long, or takes too long for it.
 pub(super) async fn lead(mut stream: UnixStream, peer: Peer, turn: Rc<Mutex<()>>, agent: Agent) {
-    let (mut pending, mut searched, mut buffer) = (Vec::new(), 0, [0; 4096]);
+    let (mut pending, mut searched, mut buffer, mut begun) = (Vec::new(), 0, [0; 4096], Instant::now());
     loop {
         while let Some(end) = pending[searched..].iter().position(|byte| *byte == 0).map(|at| searched + at) {
             let message: Vec<u8> = pending.drain(..=end).collect();
-            searched = 0;
+            (searched, begun) = (0, Instant::now());
+            // One answer at a time for each user, until it is taken: some are long. Root's commands wait for nobody.
+            let _turn = if peer.uid == 0 { None } else { Some(turn.lock().await) };
             let Some((reply, events)) = answer(&message[..end], peer, &turn, &agent).await else { return };
             let Some(reply) = reply else { continue };
             if !write(&mut stream, &reply).await {
                 return;
             }
             if let Some(events) = events {
+                drop(_turn);
                 return tell(stream, events, reply, agent.calls).await;
             }
         }
@@ -54,12 +57,17 @@ pub(super) async fn lead(mut stream: UnixStream, peer: Peer, turn: Rc<Mutex<()>>
         let read = async {
             let read = stream.read(&mut buffer);
             // One who asks for nothing may stay.
-            if searched == 0 { Ok(read.await) } else { timeout(PATIENCE, read).await }
+            if searched == 0 { Ok(read.await) } else { timeout_at(begun + PATIENCE, read).await }
         };
         tokio::select! {
             biased;
             read = read => match read {
-                Ok(Ok(length @ 1..)) => pending.extend_from_slice(&buffer[..length]),
+                Ok(Ok(length @ 1..)) => {
+                    if searched == 0 {
+                        begun = Instant::now();
+                    }
+                    pending.extend_from_slice(&buffer[..length]);
+                }
                 Ok(_) => return,
                 Err(_) => return refuse(peer, "the rest of a request did not come"),
             },
@@ -96,14 +104,18 @@ async fn answer(message: &[u8], peer: Peer, turn: &Mutex<()>, agent: &Agent) -> 
     let reply = match request {
         Request::GetInfo(_) => Reply::info(),
         Request::GetInterfaceDescription(request) => Reply::description(&request),
-        Request::Verify(request) if request.open == Some(true) && peer.uid != 0 => Reply::denied(),
+        Request::Verify(request) if request.open == Some(true) && peer.uid != 0 => {
+            operators::log_refusal(peer, &format!("open the devices of {}", request.container));
+            Reply::denied()
+        }
         request if peer.uid != 0 && !names_what_is_roots(&request) => {
+            operators::log_refusal(peer, "name a device by a path that is not below /dev");
             Reply::bad(4, "others than root name devices by their paths below /dev")
         }
         // Looking takes as long as the container's file systems do.
         Request::Devices(_) | Request::Containers(_) | Request::Explain(_) | Request::Verify(_) => {
-            // One at a time for each user.
-            let _turn = turn.lock().await;
+            // One at a time of root's, too.
+            let _turn = if peer.uid == 0 { Some(turn.lock().await) } else { None };
             let settings = Arc::clone(&agent.settings.borrow());
             spawn_blocking(move || look(request, &settings))
                 .await
@@ -112,7 +124,8 @@ async fn answer(message: &[u8], peer: Peer, turn: &Mutex<()>, agent: &Agent) -> 
         request => {
             let (answer, reply) = oneshot::channel();
             let is_change = matches!(request, Request::Attach(_) | Request::Detach(_));
-            let caller = match is_change && peer.uid != 0 {
+            let has_operators = !agent.settings.borrow().operators.is_empty();
+            let caller = match is_change && peer.uid != 0 && has_operators {
                 // A name service may be slow.
                 true => spawn_blocking(move || operators::caller(peer.uid)).await.ok(),
                 false => None,
@@ -152,7 +165,7 @@ fn look(request: Request, settings: &Settings) -> Reply {
                 let open = its.open.unwrap_or_default();
                 json!({ "proofs": verify(&runtime::scan(), &its.container, its.device.as_deref(), open)? })
             }
-            _ => Reply::bad(1, "that is not to be looked into").parameters,
+            _ => return Ok(Reply::bad(1, "that is not to be looked into")),
         }))
     };
     found().unwrap_or_else(|error| Reply::bad(error.exit_code(), &error.chain()))

@@ -2,7 +2,6 @@
 
 mod answers;
 mod api;
-mod asks;
 pub mod client;
 mod conversation;
 mod early;

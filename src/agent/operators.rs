@@ -1,6 +1,6 @@
 //! Who may have the agent change something.
 
-use crate::agent::api::Call;
+use crate::agent::api::{Call, Peer};
 use crate::agent::registry::Registry;
 use crate::core::container::{Container, Reference, Runtime};
 use crate::core::device::Kind;
@@ -34,23 +34,36 @@ pub(super) fn may(executor: &Executor, registry: &Registry, containers: &[Contai
     let ours = Operators { caller: caller.as_ref(), registry };
     let (may, what) = match request {
         Request::List(_) | Request::Status(_) | Request::Monitor(_) => return Ok(true),
-        Request::Attach(its) => {
-            // What is kept outlives the operator's being one.
-            let may = its.persist.is_none() && ours.may_attach(containers, &its.container, &its.device)?;
-            (may, format!("attach {} to {}", its.device, its.container))
+        // What is kept outlives the operator's being one.
+        Request::Attach(its) if its.persist.is_some() => {
+            (Ok(false), format!("attach {} to {} for good", its.device, its.container))
         }
-        Request::Detach(its) => {
-            let may = ours.may_detach(executor, containers, &its.container, &its.device)?;
-            (may, format!("detach {} from {}", its.device, its.container))
-        }
-        _ => (false, "do that".into()),
+        Request::Attach(its) => (
+            ours.may_attach(containers, &its.container, &its.device),
+            format!("attach {} to {}", its.device, its.container),
+        ),
+        Request::Detach(its) => (
+            ours.may_detach(executor, containers, &its.container, &its.device),
+            format!("detach {} from {}", its.device, its.container),
+        ),
+        Request::Reload(_) => (Ok(false), "have the configuration read again".into()),
+        _ => (Ok(false), "ask for that".into()),
     };
-    if !may {
-        // What one user causes is counted apart from what all others have to tell.
-        let container = format!("uid {}", peer.uid);
-        tracing::warn!(container, "uid {} (pid {}) may not {}", peer.uid, peer.pid, excerpt(&what));
+    match &may {
+        Ok(true) => {}
+        Ok(false) => log_refusal(*peer, &what),
+        Err(Error::Refused { reason, .. }) => log_refusal(*peer, &format!("{what}: {reason}")),
+        // Nothing was refused: there is no such container or device.
+        Err(_) => {}
     }
-    Ok(may)
+    may
+}
+
+/// A line in the log for what a caller was refused.
+pub(super) fn log_refusal(peer: Peer, what: &str) {
+    // What one user causes is counted apart from what all others have to tell.
+    let container = format!("uid {}", peer.uid);
+    tracing::warn!(container, "uid {} (pid {}) may not {}", peer.uid, peer.pid, excerpt(what));
 }
 
 /// What the configuration says of a caller.

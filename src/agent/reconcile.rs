@@ -1,6 +1,6 @@
 //! Desired minus observed, for everything or for what one event concerns.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Instant;
 
 use crate::agent::early;
@@ -27,10 +27,17 @@ use crate::sys::{block, udev};
 
 /// Compares everything: at start, and when events were lost.
 pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
-    match udev::scan() {
-        Ok(devices) => registry.devices = devices.into_iter().map(|d| (d.identity.devpath.clone(), d)).collect(),
-        Err(error) => tracing::error!("cannot list the devices of this host: {error}"),
-    }
+    let started = Instant::now();
+    let before = match udev::scan() {
+        Ok(devices) => {
+            let now = devices.into_iter().map(|device| (device.identity.devpath.clone(), device)).collect();
+            std::mem::replace(&mut registry.devices, now)
+        }
+        Err(error) => {
+            tracing::error!("cannot list the devices of this host: {error}");
+            registry.devices.clone()
+        }
+    };
     for place in Patterns::of_host().places() {
         drop(registry.look_at(&executor.cgroups, place, None));
     }
@@ -47,6 +54,7 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     executor.end_unknown();
     let observed = executor.ledger.entries().cloned().collect::<Vec<_>>();
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
+    tell_of_plugs(registry, &before, &desired, &observed, started);
     withdrawals::settle(executor, registry, &desired, |_, _| true, None);
     drop(carry_out(executor, registry, &desired, &observed, goes_with_node, None));
     executor.follow_asking(|id| registry.asks(id));
@@ -61,6 +69,38 @@ pub(super) fn everything(executor: &mut Executor, registry: &mut Registry) {
     }
 }
 
+/// Tells of the devices that came and went without being heard of.
+fn tell_of_plugs(
+    registry: &Registry,
+    before: &BTreeMap<String, Device>,
+    desired: &[Grant],
+    observed: &[Entry],
+    since: Instant,
+) {
+    if !registry.monitors.are_there() {
+        return;
+    }
+    let is_in = |all: &BTreeMap<String, Device>, one: &Device| {
+        all.get(&one.identity.devpath).is_some_and(|its| its.identity == one.identity)
+    };
+    for gone in before.values().filter(|device| !is_in(&registry.devices, device)) {
+        tell_unplugged(registry, gone, observed, since);
+    }
+    for new in registry.devices.values().filter(|device| !is_in(before, device)) {
+        tell_plugged(registry, new, desired, since);
+    }
+}
+
+fn tell_plugged(registry: &Registry, device: &Device, desired: &[Grant], since: Instant) {
+    let its = desired.iter().filter(|grant| grant.device.identity == device.identity);
+    registry.monitors.tell(|| Event::Plugged(Plug::new(&device.node, device.number, its, micros(since))));
+}
+
+fn tell_unplugged(registry: &Registry, device: &Device, observed: &[Entry], since: Instant) {
+    let its = observed.iter().map(|entry| &entry.grant).filter(|grant| grant.device.identity == device.identity);
+    registry.monitors.tell(|| Event::Unplugged(Plug::new(&device.node, device.number, its, micros(since))));
+}
+
 /// A device is there: for the containers that ask for it.
 pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: Device, told: &[Told], since: Instant) {
     let (devpath, number) = (device.identity.devpath.clone(), device.number);
@@ -73,8 +113,11 @@ pub(super) fn plugged(executor: &mut Executor, registry: &mut Registry, device: 
     let before = registry.devices.insert(devpath.clone(), device.clone());
     let in_force = |entry: &Entry| entry.grant.device.identity.devpath != devpath || stays(entry);
     let mut desired = wanted(executor, registry, |_| true, |its| its.identity.devpath == devpath, in_force);
-    if before.is_none_or(|before| before.identity != device.identity) {
-        registry.monitors.tell(|| Event::Plugged(Plug::new(&device.node, number, desired.iter(), micros(since))));
+    // Of what is gone, what came at once in its place is heard of alone.
+    let other = before.as_ref().filter(|before| before.identity != device.identity);
+    other.iter().for_each(|before| tell_unplugged(registry, before, &observed, since));
+    if before.is_none() || other.is_some() {
+        tell_plugged(registry, &device, &desired, since);
     }
     desired.extend(observed.iter().filter(|entry| stays(entry)).map(|entry| entry.grant.clone()));
     carry_out(executor, registry, &desired, &observed, goes_with_node, Some(since));
@@ -92,8 +135,7 @@ pub(super) fn unplugged(executor: &mut Executor, registry: &mut Registry, event:
     let devpath = &event.devpath;
     let observed = entries(executor, |entry| entry.grant.device.identity.devpath == *devpath);
     if let Some(device) = registry.devices.get(devpath) {
-        let from = observed.iter().map(|entry| &entry.grant);
-        registry.monitors.tell(|| Event::Unplugged(Plug::new(&device.node, device.number, from, micros(since))));
+        tell_unplugged(registry, device, &observed, since);
     }
     // The first withdrawal loads a program, which takes as long as a hundred removals: they go first.
     let (from_start, others): (Vec<_>, Vec<_>) = observed.into_iter().partition(|entry| entry.grant.at_start);

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch::Sender;
 
 use crate::agent::Compared;
-use crate::agent::asks::{nodes_at_start, rules_of};
 use crate::agent::monitors::Monitors;
 use crate::agent::said::Said;
 use crate::agent::watch::Watched;
@@ -28,6 +27,7 @@ use crate::core::rule::Rule;
 use crate::core::selection::{Group, Selection};
 use crate::core::settings::Settings;
 use crate::error::Error;
+use crate::ops::asks::{nodes_at_start, rules_of};
 use crate::ops::live::{groups, hold, own_refusal, subject};
 use crate::runtime::places::Place;
 use crate::runtime::{self, Found};

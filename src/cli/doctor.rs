@@ -17,8 +17,9 @@ pub struct Args {
     json: bool,
 }
 
-/// Columns of a terminal.
+/// Columns, where stdout is no terminal or a wider one, and of the narrowest that is made use of.
 const WIDTH: usize = 80;
+const NARROW: usize = 40;
 
 /// Runs it.
 pub(super) fn run(args: Args) -> Result<()> {
@@ -32,7 +33,9 @@ pub(super) fn run(args: Args) -> Result<()> {
     if args.json {
         output::json(&checks)?;
     } else {
-        layout(&checks).iter().try_for_each(|line| output::line(line))?;
+        layout(&checks, output::width().unwrap_or(WIDTH).clamp(NARROW, WIDTH))
+            .iter()
+            .try_for_each(|line| output::line(line))?;
     }
     let mut topics: Vec<&str> =
         checks.iter().filter(|check| check.state == State::Problem).map(|check| check.topic).collect();
@@ -41,7 +44,7 @@ pub(super) fn run(args: Args) -> Result<()> {
 }
 
 /// A table with its last column wrapped; what to do stands below what was found.
-fn layout(checks: &[CheckInfo]) -> Vec<String> {
+fn layout(checks: &[CheckInfo], width: usize) -> Vec<String> {
     let topic = checks.iter().map(|check| check.topic.len()).max().unwrap_or(0);
     let state = State::Warning.word().len();
     let indent = topic + state + 4;
@@ -49,11 +52,11 @@ fn layout(checks: &[CheckInfo]) -> Vec<String> {
     let mut rows = vec![row("CHECK", "STATE", "FINDING")];
     for check in checks {
         let (mut first, mut word) = (check.topic, check.state.word());
-        for line in wrap(&check.finding, WIDTH - indent) {
+        for line in wrap(&check.finding, width - indent) {
             rows.push(row(first, word, &line));
             (first, word) = ("", "");
         }
-        let remedy = check.remedy.iter().flat_map(|remedy| wrap(remedy, WIDTH - indent - 2));
+        let remedy = check.remedy.iter().flat_map(|remedy| wrap(remedy, width - indent - 2));
         rows.extend(
             remedy.enumerate().map(|(at, line)| row("", "", &format!("{} {line}", if at == 0 { '→' } else { ' ' }))),
         );
@@ -89,10 +92,10 @@ mod tests {
         };
         let long = "word ".repeat(14);
         let path = "/x".repeat(40);
-        let shown = layout(&[
-            check("udev", State::Ok, "udevd runs", None),
-            check("containers", State::Warning, &long, Some(&path)),
-        ]);
+        let shown = layout(
+            &[check("udev", State::Ok, "udevd runs", None), check("containers", State::Warning, &long, Some(&path))],
+            WIDTH,
+        );
         let words = |count| vec!["word"; count].join(" ");
         let expected = [
             "CHECK       STATE    FINDING".to_owned(),

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::ops::RUN_DIRECTORY;
 use crate::ops::persist::Persisted;
 use crate::ops::store::{self, Store};
+use crate::sys::host::require_fitness;
 use crate::{ops, runtime};
 
 /// Arguments of `list`.
@@ -31,6 +32,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     let grants = match by_agent {
         Some(Grants { grants }) => grants,
         None => {
+            require_fitness()?;
             let entries = Store::peek(RUN_DIRECTORY.as_ref(), store::warn)?;
             ops::request::list(entries.iter(), &Persisted::look(), &runtime::scan(), &request)?
         }

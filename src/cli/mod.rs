@@ -22,7 +22,6 @@ use clap::{Parser, Subcommand};
 use crate::agent::client;
 use crate::core::container::Container;
 use crate::core::ledger::Entry;
-use crate::core::plan::Step;
 use crate::core::protocol::Request;
 use crate::error::{Error, Result};
 use crate::ops::store::{self, Store};
@@ -131,8 +130,8 @@ fn look<T: serde::de::DeserializeOwned>(request: &Request, field: &str, here: im
         .map_err(|error| Error::BadFile { path: client::socket_path(), reason: format!("the agent's answer: {error}") })
 }
 
-/// Prints the steps that would be taken, by what is in force now.
-fn dry_run(steps: impl FnOnce(&[Entry], &[Container]) -> Result<Vec<Step>>) -> Result<()> {
+/// Prints what would be done, by what is in force now.
+fn dry_run(steps: impl FnOnce(&[Entry], &[Container]) -> Result<Vec<String>>) -> Result<()> {
     require_fitness()?;
     let entries = Store::peek(RUN_DIRECTORY.as_ref(), store::warn)?;
     let steps = steps(&entries, &runtime::scan())?;

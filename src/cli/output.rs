@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::core::text::{is_printable, printable};
 use crate::error::{Error, Result};
+use crate::log::colours_are_welcome;
 
 /// One line; control characters from containers are spelt out.
 pub(super) fn line(text: &str) -> Result<()> {
@@ -34,17 +35,21 @@ fn json_text(value: &impl Serialize) -> String {
 pub(super) fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Result<()> {
     let mut lines = vec![header.iter().map(|cell| (*cell).to_owned()).collect::<Vec<_>>()];
     lines.extend(rows.map(|row| row.iter().map(|cell| printable(cell)).collect()));
-    let is_terminal = io::stdout().is_terminal();
-    let width = is_terminal.then(|| tcgetwinsize(io::stdout()).ok()).flatten().map(|size| usize::from(size.ws_col));
-    let mut text = lay_out(&lines, width.filter(|width| *width > 0));
-    if is_terminal
-        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    let mut text = lay_out(&lines, width());
+    if io::stdout().is_terminal()
+        && colours_are_welcome()
         && let Some(end) = text.find('\n')
     {
         text.insert_str(end, "\x1b[0m");
         text.insert_str(0, "\x1b[1m");
     }
     write(&text)
+}
+
+/// Columns of the terminal that stdout is, if it is one.
+pub(super) fn width() -> Option<usize> {
+    let size = io::stdout().is_terminal().then(|| tcgetwinsize(io::stdout()).ok()).flatten();
+    size.map(|size| usize::from(size.ws_col)).filter(|width| *width > 0)
 }
 
 /// What stands between two columns.

@@ -52,6 +52,7 @@ fn lines(status: &StatusInfo) -> Vec<String> {
         ("none", grants) => {
             format!("not attached, so {grants} grants do not hold: `systemctl restart qm-hotplug` puts it back")
         }
+        ("override", _) => "override, last at the cgroup root".to_owned(),
         (other, _) => other.to_owned(),
     };
     let agent = match status.uptime {
@@ -61,10 +62,10 @@ fn lines(status: &StatusInfo) -> Vec<String> {
     };
     let events = match (status.agent, status.lost) {
         (false, _) => status.events.clone(),
-        (true, 0) => format!("{}, {} since then, none lost", status.events, status.seen),
         (true, lost) => {
-            let (seen, compared) = (status.seen, status.compared);
-            format!("{}, {seen} since then, some lost {lost} times; all compared {compared} times", status.events)
+            let (events, seen, compared) = (&status.events, status.seen, status.compared);
+            let lost = if lost == 0 { "none lost".to_owned() } else { format!("some lost {lost} times") };
+            format!("{events}, {seen} since then, {lost}; all compared {compared} times")
         }
     };
     let shown = status.of_container.iter().take(SHOWN).map(|(name, count)| format!("{name} {count}"));

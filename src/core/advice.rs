@@ -86,9 +86,7 @@ fn get(facts: &Situation<'_>, is_taken: bool) -> String {
         if facts.own_refusal.as_ref() == Some(&reason) {
             return format!("give the user that permission as said above, or {attach}");
         }
-        return format!(
-            "change the policy ({reason}), and have it read: systemctl kill -s HUP qm-hotplug; or {attach}"
-        );
+        return format!("change the policy ({reason}), and have it read: qm-hotplug reload; or {attach}");
     }
     let annotation = match facts.category {
         Some(category) => {

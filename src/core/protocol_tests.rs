@@ -264,6 +264,15 @@ fn every_answer_is_as_it_is_described() {
         ("Monitor", json!(Event::Lost { count: 7 })),
         ("Reload", json!(Nothing {})),
     ];
+    // The events are those that the documents name.
+    let event = idl.methods["Monitor"].output.elts.iter().find(|field| field.name == "event").expect("a field");
+    let VTypeExt::Plain(VType::Enum(kinds)) = &event.vtype else { panic!("an enumeration") };
+    for text in [include_str!("../../README.md"), include_str!("../man/qm-hotplug-monitor.1")] {
+        for kind in &kinds.elts {
+            let is_named = text.contains(&format!("`{kind}`")) || text.contains(&format!("\\fB{kind}\\fR"));
+            assert!(is_named, "{kind} is not in a document");
+        }
+    }
     for (method, answer) in &answers {
         assert!(has_the_fields(&idl, &idl.methods[method].output, answer), "{method} does not answer {answer}");
     }

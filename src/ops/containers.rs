@@ -2,15 +2,17 @@
 
 use std::path::Path;
 
-use crate::core::annotation::rules;
+use crate::core::attachment::Attached;
 use crate::core::container::Container;
 use crate::core::info::ContainerInfo;
 use crate::core::ledger::Entry;
 use crate::core::settings::Settings;
 use crate::error::Result;
 use crate::ops::RUN_DIRECTORY;
+use crate::ops::asks::rules_of;
 use crate::ops::inspect::is_of;
-use crate::ops::live::{hold, subject};
+use crate::ops::live::hold;
+use crate::ops::persist::Persisted;
 use crate::ops::store::{self, Store};
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::host::require_fitness;
@@ -20,15 +22,21 @@ pub fn containers(settings: &Settings, found: Vec<Container>) -> Result<Vec<Cont
     require_fitness()?;
     let cgroups = CgroupRoot::find()?;
     let entries = Store::peek(Path::new(RUN_DIRECTORY), store::warn)?;
-    let mut infos: Vec<ContainerInfo> =
-        found.into_iter().map(|container| info(&cgroups, settings, &entries, container)).collect();
+    let persisted = Persisted::look();
+    let info = |container| info(&cgroups, settings, persisted.all(), &entries, container);
+    let mut infos: Vec<ContainerInfo> = found.into_iter().map(info).collect();
     infos.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
     Ok(infos)
 }
 
-fn info(cgroups: &CgroupRoot, settings: &Settings, entries: &[Entry], container: Container) -> ContainerInfo {
-    let mut asks = settings.rules_for(&subject(&container, None, false));
-    asks.extend(rules(container.annotations(), &settings.categories).0);
+fn info(
+    cgroups: &CgroupRoot,
+    settings: &Settings,
+    attached: &[Attached],
+    entries: &[Entry],
+    container: Container,
+) -> ContainerInfo {
+    let (asks, _) = rules_of(settings, attached, &container);
     let held = hold(cgroups, &container);
     let its = entries.iter().filter(|entry| is_of(entry, &container) && entry.left_over.is_none());
     ContainerInfo {

@@ -17,6 +17,7 @@ use crate::core::rule::Rule;
 use crate::core::settings::Settings;
 use crate::error::{Error, Result};
 use crate::ops::RUN_DIRECTORY;
+use crate::ops::asks::is_heard;
 use crate::ops::inspect::{Inspection, NodeFd, OPENS, Target, of_container, targets};
 use crate::ops::live::{self, lookup};
 use crate::ops::persist::Persisted;
@@ -130,6 +131,13 @@ fn asks(container: &Container, settings: &Settings) -> Vec<Ask> {
     let ask = |(key, value): (&str, &str)| {
         let found = rule(key, value, &settings.categories)?.and_then(|rule| whole(rule, key, value, obstacle));
         Some(match found {
+            Ok(_) if !is_heard(settings, container) => {
+                let reason = format!(
+                    "it counts for nothing, since no users = [{}] in the configuration says so",
+                    container.owner
+                );
+                Ask { source: key.to_owned(), rule: Err(reason) }
+            }
             Ok(rule) => Ask { source: key.to_owned(), rule: Ok(rule) },
             Err(ignored) => Ask { source: ignored.key, rule: Err(ignored.reason) },
         })

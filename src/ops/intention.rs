@@ -212,15 +212,17 @@ pub(super) fn detaching<'a>(
     Ok(Leaving { matching, attached, struck })
 }
 
-/// The steps that `attach` would take.
+/// What `attach` would do, a line each.
 pub fn steps_of_attach(
     cgroups: &CgroupRoot,
     entries: &[Entry],
     containers: &[Container],
     request: &Attach,
-) -> Result<Vec<Step>> {
-    let Intention { grant, there, .. } = attaching(cgroups, entries.iter(), containers, request)?;
-    Ok(match there {
+) -> Result<Vec<String>> {
+    let Intention { grant, lasting, there, .. } = attaching(cgroups, entries.iter(), containers, request)?;
+    let is_kept = matches!(&there, Some(There::Same(entry)) if entry.grant.origin == Origin::Persist);
+    let kept = lasting.filter(|_| !is_kept).map(|_| format!("write down {} for restarts", grant.node.path));
+    let steps = match there {
         Some(There::Same(_)) => Vec::new(),
         Some(There::Stale(entry)) => {
             let remaining = entries.iter().filter(|other| **other != entry);
@@ -228,23 +230,35 @@ pub fn steps_of_attach(
             removal.into_iter().chain(Change::Add(grant).steps(remaining)).collect()
         }
         None => Change::Add(grant).steps(entries.iter()),
-    })
+    };
+    Ok(kept.into_iter().chain(steps.iter().map(Step::to_string)).collect())
 }
 
-/// The steps that `detach` would take.
+/// What `detach` would do, a line each.
 pub fn steps_of_detach(
     entries: &[Entry],
     persisted: &Persisted,
     containers: &[Container],
     request: &Detach,
     agent: bool,
-) -> Result<Vec<Step>> {
-    let Leaving { matching, .. } = detaching(entries.iter(), persisted, containers, request, agent)?;
+) -> Result<Vec<String>> {
+    let Leaving { matching, struck, .. } = detaching(entries.iter(), persisted, containers, request, agent)?;
     let mut remaining: Vec<&Entry> = entries.iter().collect();
-    let mut steps = Vec::new();
+    let strike = |device: &Attachment| format!("strike {} from what is kept for restarts", device.node.path);
+    let mut lines: Vec<String> = struck.iter().map(strike).collect();
     for entry in matching {
-        steps.extend(Change::Remove { entry: entry.clone(), unplugged: true }.steps(remaining.iter().copied()));
+        if is_withdrawn(&entry) {
+            lines.push(format!("withdraw the right on {} that it has from its start", entry.grant.device.number));
+        }
+        let steps = Change::Remove { entry: entry.clone(), unplugged: true }.steps(remaining.iter().copied());
+        lines.extend(steps.iter().map(Step::to_string));
         remaining.retain(|other| **other != entry);
     }
-    Ok(steps)
+    Ok(lines)
+}
+
+/// Whether a `detach` takes more than the grant: what a rule has granted goes as if its device were unplugged, with what the
+/// container had from its start.
+pub(super) fn is_withdrawn(entry: &Entry) -> bool {
+    entry.grant.at_start && matches!(entry.grant.origin, Origin::Rule(_))
 }

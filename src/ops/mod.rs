@@ -1,6 +1,7 @@
 //! Carries out changes: the steps of [`crate::core::plan`] on the kernel and on the ledger. What fails is taken back.
 
 mod agreement;
+pub(crate) mod asks;
 pub mod containers;
 pub mod devices;
 pub mod doctor;

@@ -12,7 +12,7 @@ use crate::core::plan::Change;
 use crate::core::protocol::{Attach, Detach, List};
 use crate::error::{Error, Result};
 use crate::ops::Executor;
-use crate::ops::intention::{Intention, Leaving, There, attaching, detaching};
+use crate::ops::intention::{Intention, Leaving, There, attaching, detaching, is_withdrawn};
 use crate::ops::live::lookup;
 use crate::ops::persist::Persisted;
 use crate::runtime;
@@ -84,8 +84,7 @@ pub fn detach(
     for entry in matching {
         let mut info = GrantInfo::from(&entry);
         let (holder, number) = (entry.grant.holder.clone(), entry.grant.device.number);
-        // What a rule has granted goes as if its device were unplugged, with what the container had from its start.
-        if entry.grant.at_start && matches!(entry.grant.origin, Origin::Rule(_)) {
+        if is_withdrawn(&entry) {
             executor.withdraw(&entry.grant.holder, number)?;
         }
         let concern = (entry.grant.holder.clone(), entry.grant.device.clone());

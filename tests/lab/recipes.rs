@@ -11,10 +11,12 @@ pub(crate) const CASES: &[Case] = &[("recipes::get_their_devices", get_their_dev
 const FILES: &str = "/mnt/repo/tests/fixtures/recipes";
 const QUADLETS: [&str; 2] = ["home-assistant", "rear-camera"];
 
-/// What has to be another one here: there is no network to pull images from, and the stick is one of qemu's.
+/// What has to be another one here: there is no network to pull images from, none that a bridge of Podman's or Docker's could
+/// be on, and the stick is one of qemu's.
 const STAND_INS: &str = "\
     -e 's/usb=10c4:ea60/usb=0403:6001/' \
-    -e '/^Network=/d' -e 's#^Image=.*#Network=none\\nRootfs=/var/tmp/recipes\\nExec=sleep 100000#' \
+    -e 's#^Image=localhost.*#Network=none\\nRootfs=/var/tmp/recipes\\nExec=sleep 100000#' \
+    -e 's#^Image=.*#Rootfs=/var/tmp/recipes\\nExec=sleep 100000#' \
     -e 's#^\\( *\\)image: .*#\\1image: lab:1\\n\\1command: sleep 100000\\n\\1network_mode: none\\n\\1security_opt: [apparmor=unconfined]#'";
 
 /// What the recipes put on the machine; removed on drop.
@@ -24,16 +26,21 @@ impl<'vm> Recipes<'vm> {
     #[track_caller]
     fn put(vm: &'vm Vm) -> Self {
         let recipes = Self(vm);
-        vm.ok("lab-rootfs /var/tmp/recipes && mkdir -p /etc/containers/systemd /etc/qm-hotplug/config.d /run/compose");
+        vm.ok("lab-rootfs /var/tmp/recipes && mkdir -p /etc/containers/systemd /run/compose");
+        vm.ok("mkdir -p /etc/qm-hotplug/config.d");
         for (file, to) in [
             ("home-assistant.container", "/etc/containers/systemd/home-assistant.container"),
             ("rear-camera.container", "/etc/containers/systemd/rear-camera.container"),
             ("compose.yaml", "/run/compose/compose.yaml"),
-            ("lxc.toml", "/etc/qm-hotplug/config.d/50-zigbee.toml"),
         ] {
-            vm.ok(&format!("sed {STAND_INS} {FILES}/{file} >{to}"));
+            recipes.put_file(file, to);
         }
         recipes
+    }
+
+    #[track_caller]
+    fn put_file(&self, file: &str, to: &str) {
+        self.0.ok(&format!("sed {STAND_INS} {FILES}/{file} >{to}"));
     }
 }
 
@@ -48,7 +55,7 @@ impl Drop for Recipes<'_> {
 
 fn get_their_devices(vm: &Vm) {
     let _installed = Installed::new(vm);
-    let _recipes = Recipes::put(vm);
+    let recipes = Recipes::put(vm);
     vm.ok("systemctl start qm-hotplug");
     vm.ok("sudo() { \"$@\"; }; sudo systemctl daemon-reload && sudo systemctl start home-assistant rear-camera");
     vm.ok("systemctl start docker && tar -C /var/tmp/recipes -c . | docker import - lab:1");
@@ -71,6 +78,7 @@ fn get_their_devices(vm: &Vm) {
     let zigbee2mqtt =
         running("zigbee2mqtt", "docker inspect --format '{{.State.Pid}}' zigbee2mqtt", "docker rm -f zigbee2mqtt");
     let lxc = running("zigbee", "lxc-info -n zigbee -pH", "lxc-stop -k -n zigbee; rm -rf /var/lib/lxc/zigbee");
+    recipes.put_file("lxc.toml", "/etc/qm-hotplug/config.d/50-zigbee.toml");
     vm.ok("qm-hotplug reload");
 
     let with_stick = [&home_assistant, &zigbee2mqtt, &lxc];

@@ -283,6 +283,18 @@ fn operators_may_what_root_lets_them(runtime: &str) {
     as_user("qmhoperator", &["detach", &c.name, &other.path]).fails(5, "refuses");
     as_user("qmhoperator", &["detach", &c.name, &device.path]).ok();
     assert_eq!(grants().len(), 1);
+    let log = agent.log();
+    for line in [
+        format!("may not attach {} to {}", device.path, c.name),
+        format!("may not attach {} to {}", device.path, foreign.name),
+        format!("may not attach {} to {} for good", device.path, c.name),
+        format!("may not detach {} from {}", device.path, c.name),
+        format!("may not open the devices of {}", c.name),
+        "may not have the configuration read again".to_owned(),
+    ] {
+        let is_it = |its: &str| its.contains(&line) && its.contains("uid 6100") && its.contains("(pid ");
+        assert!(log.lines().any(is_it), "{line}: {log}");
+    }
     // Nobody is told of what he may not see, and a link of his own leads nowhere.
     let link = format!("{}/qmh-link", std::env::temp_dir().display());
     let _ = std::fs::remove_file(&link);

@@ -260,6 +260,18 @@ fn a_dry_run_tells_and_does_nothing(runtime: &str) {
     assert_eq!(dry(&attach), "nothing would be done\n");
     // A second one needs no second mark, and a path that is taken is refused as without --dry-run.
     assert!(!dry(&["attach", &c.name, &other.path]).contains("mark"));
+    // What is there already and is not kept yet is kept.
+    let for_good = [&attach[..], &["--persist"]].concat();
+    assert_eq!(dry(&for_good), "would write down /dev/x for restarts\n");
+    qm(&for_good).ok();
+    assert_eq!(dry(&for_good), "nothing would be done\n");
+    let lines = dry(&["detach", &c.name, "/dev/x"]);
+    assert!(lines.starts_with("would strike /dev/x from what is kept for restarts\nwould write into"), "{lines}");
+    qm(&["detach", &c.name, "/dev/x"]).ok();
+    let lines = dry(&for_good);
+    assert!(lines.starts_with("would write down /dev/x for restarts\nwould write the grant"), "{lines}");
+    qm(&attach).ok();
+    let before = observe(&pid);
     qm(&["attach", "--dry-run", &c.name, &other.path, "/dev/x"]).fails(5, "attached by hand: detach it first");
     qm(&["detach", "--dry-run", &c.name, &other.path]).fails(4, "42");
     assert_eq!(

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::agent::{TTYS, assert_has_ttys};
 use crate::plug::{block, console, numbers, trigger};
+use crate::selectors::asks;
 use crate::state::{entries, ledger};
 use crate::support::podman::Container;
 use crate::support::{Agent, BINARY, qm, wait_for};
@@ -24,6 +25,7 @@ pub(crate) const CASES: &[Case] = &[
     ("monitor::an_agents_end_and_start", an_agents_end_and_start),
     ("monitor::a_filter_that_somebody_took_out_is_heard_again", a_filter_that_somebody_took_out_is_heard_again),
     ("monitor::what_comes_and_goes_is_told", what_comes_and_goes_is_told),
+    ("monitor::a_device_that_came_in_anothers_place_is_told", a_device_that_came_in_anothers_place_is_told),
 ];
 
 pub(crate) const ONCE: &[CaseOnce] = &[("monitor::how_it_ends", how_it_ends)];
@@ -289,6 +291,25 @@ fn what_comes_and_goes_is_told(runtime: &str) {
         assert_eq!(all.json()["event"], "revoked");
     }
     wait_for("its entries to go", || entries().is_empty() && ledger().is_empty());
+}
+
+/// The agent hears of the last event alone.
+fn a_device_that_came_in_anothers_place_is_told(runtime: &str) {
+    let agent = Agent::start();
+    let c = Container::start(runtime, "qmh-replugged", &[&asks("x", "devname=/dev/vcsa41")]);
+    let console = console(41);
+    wait_for("the first", || c.node("/dev/vcsa41").is_some());
+    let monitor = Monitor::start(&["--json", "qmh-replugged"]);
+    let pid = Pid::from_raw(agent.pid() as i32).unwrap();
+    kill_process(pid, Signal::STOP).unwrap();
+    console.unplug();
+    console.again();
+    kill_process(pid, Signal::CONT).unwrap();
+    let told: Vec<Value> = (0..4).map(|_| monitor.json()).collect();
+    let events: Vec<&Value> = told.iter().map(|its| &its["event"]).collect();
+    assert_eq!(events, ["unplugged", "plugged", "revoked", "granted"]);
+    assert!(told.iter().all(|its| its["device"] == "/dev/vcsa41"), "{told:?}");
+    assert!(told[..2].iter().all(|its| its["containers"] == json!(["qmh-replugged"])), "{told:?}");
 }
 
 fn how_it_ends() {

@@ -3,7 +3,7 @@
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::Case;
 use crate::plug::{Plugged, console};
@@ -263,6 +263,12 @@ fn who_is_not_named_is_not_served(runtime: &str) {
     std::thread::sleep(Duration::from_millis(500));
     say_again(&device);
     assert!(grants().is_empty() && has(&c).is_empty());
+    // Nor does anybody say that it counts.
+    let shown: Vec<Value> = serde_json::from_str(&qm(&["ps", "--json"]).ok()).unwrap();
+    let its = shown.iter().find(|its| its["id"] == c.full_id().as_str()).expect("it is found");
+    assert_eq!(its["asks"], json!([]));
+    let explained = qm(&["explain", "qmh-alice@web", "/dev/vcsa51"]).stdout;
+    assert!(explained.contains("no users = [47011] in the configuration"), "{explained}");
     // root may attach something all the same, and that does not let the user's own word count.
     qm(&["attach", "qmh-alice@web", "/dev/null", "/dev/mine"]).ok();
     assert_eq!(has(&c), ["/dev/mine"]);
