@@ -306,10 +306,13 @@ fn a_device_that_came_in_anothers_place_is_told(runtime: &str) {
     console.again();
     kill_process(pid, Signal::CONT).unwrap();
     let told: Vec<Value> = (0..4).map(|_| monitor.json()).collect();
-    let events: Vec<&Value> = told.iter().map(|its| &its["event"]).collect();
-    assert_eq!(events, ["unplugged", "plugged", "revoked", "granted"]);
+    let events: Vec<&str> = told.iter().map(|its| its["event"].as_str().unwrap()).collect();
+    // It may have heard of the removal by itself.
+    let orders = [["unplugged", "plugged", "revoked", "granted"], ["unplugged", "revoked", "plugged", "granted"]];
+    assert!(orders.iter().any(|order| events == order), "{events:?}");
     assert!(told.iter().all(|its| its["device"] == "/dev/vcsa41"), "{told:?}");
-    assert!(told[..2].iter().all(|its| its["containers"] == json!(["qmh-replugged"])), "{told:?}");
+    let plugs = || told.iter().filter(|its| its["event"].as_str().unwrap().ends_with("plugged"));
+    assert!(plugs().all(|its| its["containers"] == json!(["qmh-replugged"])), "{told:?}");
 }
 
 fn how_it_ends() {
