@@ -256,7 +256,6 @@ fn a_dry_run_tells_and_does_nothing(runtime: &str) {
     );
     assert_eq!(observe(&pid), before);
     qm(&attach).ok();
-    let before = observe(&pid);
     assert_eq!(dry(&attach), "nothing would be done\n");
     // A second one needs no second mark, and a path that is taken is refused as without --dry-run.
     assert!(!dry(&["attach", &c.name, &other.path]).contains("mark"));
