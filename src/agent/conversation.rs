@@ -37,14 +37,21 @@ pub(super) async fn lead(mut stream: UnixStream, peer: Peer, turn: Rc<Mutex<()>>
     loop {
         while let Some(end) = pending[searched..].iter().position(|byte| *byte == 0).map(|at| searched + at) {
             let message: Vec<u8> = pending.drain(..=end).collect();
-            (searched, begun) = (0, Instant::now());
+            searched = 0;
             // One answer at a time for each user, until it is taken: some are long. Root's commands wait for nobody.
-            let _turn = if peer.uid == 0 { None } else { Some(turn.lock().await) };
+            let _turn = match peer.uid {
+                0 => None,
+                _ => tokio::select! {
+                    turn = turn.lock() => Some(turn),
+                    () = agent.calls.closed() => return,
+                },
+            };
             let Some((reply, events)) = answer(&message[..end], peer, &turn, &agent).await else { return };
             let Some(reply) = reply else { continue };
             if !write(&mut stream, &reply).await {
                 return;
             }
+            begun = Instant::now();
             if let Some(events) = events {
                 drop(_turn);
                 return tell(stream, events, reply, agent.calls).await;

@@ -83,7 +83,9 @@ fn tell_of_plugs(
     let is_in = |all: &BTreeMap<String, Device>, one: &Device| {
         all.get(&one.identity.devpath).is_some_and(|its| its.identity == one.identity)
     };
-    for gone in before.values().filter(|device| !is_in(&registry.devices, device)) {
+    // One that udevd has to initialize again is there all the same.
+    let is_gone = |device: &&Device| !is_in(&registry.devices, device) && !udev::is_present(&device.identity);
+    for gone in before.values().filter(is_gone) {
         tell_unplugged(registry, gone, observed, since);
     }
     for new in registry.devices.values().filter(|device| !is_in(before, device)) {

@@ -19,6 +19,7 @@ use crate::core::selection::{Group, Options, Selection, duration};
 use crate::error::{Error, Result};
 use crate::ops::intention::steps_of_attach;
 use crate::ops::live::lookup;
+use crate::ops::persist::Persisted;
 use crate::sys::arrival::Arrivals;
 use crate::sys::cgroup::CgroupRoot;
 use crate::sys::sysfs::KernelSysfs;
@@ -107,7 +108,9 @@ pub(super) fn run(args: Args) -> Result<()> {
         let persist = persist(&device);
         if args.dry_run {
             let request = request(&args, &options, device, &destination, persist)?;
-            dry_run(|entries, containers| steps_of_attach(&CgroupRoot::find()?, entries, containers, &request))?;
+            dry_run(|entries, containers| {
+                steps_of_attach(&CgroupRoot::find()?, entries, &Persisted::look(), containers, &request)
+            })?;
             continue;
         }
         match attach(&args, &options, device, &destination, persist) {

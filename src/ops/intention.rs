@@ -216,22 +216,27 @@ pub(super) fn detaching<'a>(
 pub fn steps_of_attach(
     cgroups: &CgroupRoot,
     entries: &[Entry],
+    persisted: &Persisted,
     containers: &[Container],
     request: &Attach,
 ) -> Result<Vec<String>> {
     let Intention { grant, lasting, there, .. } = attaching(cgroups, entries.iter(), containers, request)?;
-    let is_kept = matches!(&there, Some(There::Same(entry)) if entry.grant.origin == Origin::Persist);
-    let kept = lasting.filter(|_| !is_kept).map(|_| format!("write down {} for restarts", grant.node.path));
-    let steps = match there {
-        Some(There::Same(_)) => Vec::new(),
+    let is_kept = |(container, device): &(Lasting, Attachment)| {
+        persisted.all().iter().any(|kept| kept.container == *container && kept.devices.contains(device))
+    };
+    let keep =
+        lasting.filter(|lasting| !is_kept(lasting)).map(|_| format!("write down {} for restarts", grant.node.path));
+    let lines = |steps: Vec<Step>| steps.iter().map(Step::to_string).collect::<Vec<_>>();
+    let (before, after) = match there {
+        Some(There::Same(_)) => Default::default(),
         Some(There::Stale(entry)) => {
             let remaining = entries.iter().filter(|other| **other != entry);
             let removal = Change::Remove { entry: entry.clone(), unplugged: false }.steps(entries.iter());
-            removal.into_iter().chain(Change::Add(grant).steps(remaining)).collect()
+            (removal, Change::Add(grant).steps(remaining))
         }
-        None => Change::Add(grant).steps(entries.iter()),
+        None => (Vec::new(), Change::Add(grant).steps(entries.iter())),
     };
-    Ok(kept.into_iter().chain(steps.iter().map(Step::to_string)).collect())
+    Ok(lines(before).into_iter().chain(keep).chain(lines(after)).collect())
 }
 
 /// What `detach` would do, a line each.

@@ -10,11 +10,12 @@ use crate::core::mirror::{Description, Profile, Shown, Told, Wish, record_name};
 use crate::core::udev_message::{of_kernel, of_udev};
 use crate::error::{Error, Result};
 use crate::ops::live::still;
+use crate::ops::mirrors::Audience;
 use crate::ops::rebuild::directories;
 use crate::ops::view::View;
 use crate::ops::{Executor, node_error};
 use crate::sys::namespace::inside;
-use crate::sys::network::{self, Message, NetworkId};
+use crate::sys::network::{self, Message};
 use crate::sys::node;
 use crate::sys::udev;
 
@@ -102,7 +103,7 @@ impl Executor {
     }
 
     /// Shows a device, or what is new about it, and tells of it.
-    fn reveal(&mut self, holder: &Holder, new: Shown, told: &[Told], relayed: &mut BTreeSet<(NetworkId, String)>) {
+    fn reveal(&mut self, holder: &Holder, new: Shown, told: &[Told], relayed: &mut BTreeSet<(Audience, String)>) {
         let name = record_name(new.device.number);
         if self.shown(holder, &name).is_some_and(|old| old.device.identity != new.device.identity) {
             self.hide(holder, &name);
@@ -119,10 +120,10 @@ impl Executor {
         let latest = told.iter().map(|told| told.sequence).max();
         let latest = latest.unwrap_or_else(|| if old.is_none() { udev::sequence() } else { last });
         mirror.told.insert(name.clone(), latest);
-        let network = mirror.whose.network;
+        let audience = mirror.audience();
         let is_new = old.as_ref().is_none_or(|old| !old.is_done);
         let is_first =
-            is_new && network.is_some_and(|network| !self.mirrors.are_told(network, &name, &new.device.identity));
+            is_new && audience.is_some_and(|audience| !self.mirrors.are_told(audience, &name, &new.device.identity));
         if old.as_ref() != Some(&new)
             && let Err(error) = self.write(holder, &name, old.as_ref(), &new)
         {
@@ -136,14 +137,17 @@ impl Executor {
         if self.shown(holder, &name).is_some() {
             self.reveal_whole(holder, &new, &of_whole, latest);
         }
-        let Some(network) = network else { return self.complete(holder, &name) };
+        let Some(audience) = audience else { return self.complete(holder, &name) };
         // Those who listen to the namespace of several containers hear each event once.
-        let is_relayed = !relayed.insert((network, name.clone()));
+        let is_relayed = !relayed.insert((audience, name.clone()));
         let current = || ("change", udev::sequence());
         let is_as_before = |old: &Description| old.profile == new.description.profile;
         // Where somebody was killed at it, those inside may know nothing.
-        let told: Vec<_> = told.iter().map(|told| (told.action, told.sequence)).collect();
-        let actions = match (old.as_ref().filter(|old| old.is_done), &*told) {
+        let old = old.filter(|old| old.is_done);
+        // What they were told of is not added once more.
+        let counts = |told: &&Told| old.is_none() || told.action != "add";
+        let told: Vec<_> = told.iter().filter(counts).map(|told| (told.action, told.sequence)).collect();
+        let actions = match (old.as_ref(), &*told) {
             (None, _) if is_first => {
                 let add =
                     told.iter().find(|told| told.0 == "add").copied().unwrap_or_else(|| ("add", udev::sequence()));
@@ -220,7 +224,7 @@ impl Executor {
         let Some(mirror) = self.mirrors.all.get_mut(&holder.id) else { return };
         let Some(shown) = mirror.shown.remove(name) else { return };
         mirror.told.remove(name);
-        let (view, network) = (&mirror.view, mirror.whose.network);
+        let (view, audience) = (&mirror.view, mirror.audience());
         let struck = if mirror.whose.sees_view { view.strike(name) } else { Ok(()) };
         let struck = struck.map_err(Error::host(format!("write to {}", view.path().display())));
         let links = match mirror.whose.has_udevd {
@@ -233,7 +237,7 @@ impl Executor {
                 tracing::warn!(container = holder.label(), "{} is still shown: {}", shown.device.node, error.chain())
             }
         }
-        if network.is_some_and(|network| !self.mirrors.are_told(network, name, &shown.device.identity)) {
+        if audience.is_some_and(|audience| !self.mirrors.are_told(audience, name, &shown.device.identity)) {
             self.tell(holder, &shown.description.profile, &[("remove", udev::sequence())]);
         }
         self.hide_whole(holder, &shown);

@@ -19,10 +19,21 @@ use crate::sys::network::{self, NetworkId};
 use crate::sys::process::{Process, is_gone};
 use crate::sys::udev;
 
+/// Those who hear the same messages: whoever listens in a network namespace, but libudev takes only those of root of its own
+/// user namespace, and where there is a udevd inside, udev's messages are that one's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Audience {
+    network: NetworkId,
+    root: Option<u32>,
+    has_udevd: bool,
+}
+
 /// What one run of a container is shown.
 pub(super) struct Mirror {
     pub(super) view: View,
     pub(super) whose: Whose,
+    /// Root of its user namespace, as the host's numbers have it.
+    pub(super) root: Option<u32>,
     /// By the names of the database's entries.
     pub(super) shown: BTreeMap<String, Shown>,
     /// The devices without a node that these are parts of, by the same.
@@ -34,6 +45,12 @@ pub(super) struct Mirror {
 }
 
 impl Mirror {
+    /// `None` in the host's network namespace.
+    pub(super) fn audience(&self) -> Option<Audience> {
+        let Whose { network, has_udevd, .. } = self.whose;
+        network.map(|network| Audience { network, root: self.root, has_udevd })
+    }
+
     pub(super) fn has_ended(&self) -> bool {
         is_gone(self.whose.holder.pid, self.whose.holder.start_time)
     }
@@ -59,7 +76,10 @@ impl Mirrors {
                 let wholes: BTreeMap<String, Profile> = wholes.map(|whole| (whole.name(), whole)).collect();
                 let told = shown.keys().chain(wholes.keys()).map(|name| (name.clone(), now)).collect();
                 let id = whose.holder.id.clone();
-                all.insert(id, Mirror { view, whose, shown, wholes, told, from_hook: Vec::new() });
+                all.insert(
+                    id,
+                    Mirror { view, root: root_of(&whose.holder), whose, shown, wholes, told, from_hook: Vec::new() },
+                );
             }
         }
         Mirrors { all }
@@ -71,29 +91,33 @@ impl Mirrors {
         self.all.get(&holder.id).is_some_and(is_its)
     }
 
-    /// Whether anybody in this network namespace is shown that device.
-    pub(super) fn are_told(&self, network: NetworkId, name: &str, identity: &Identity) -> bool {
+    /// Whether anybody in this audience is shown that device.
+    pub(super) fn are_told(&self, audience: Audience, name: &str, identity: &Identity) -> bool {
         let is_it = |shown: &Shown| shown.is_done && shown.device.identity == *identity;
         let is_shown = |mirror: &Mirror| mirror.shown.get(name).is_some_and(is_it);
-        self.those_in(network).any(is_shown)
+        self.those_in(audience).any(is_shown)
     }
 
-    /// What was last told of this device without a node in a network namespace, if anybody there is shown it.
-    pub(super) fn whole(&self, network: NetworkId, whole: &Profile) -> Option<&Profile> {
-        let all = self.those_in(network).flat_map(|mirror| mirror.wholes.values());
+    /// What was last told of this device without a node, if anybody in this audience is shown it.
+    pub(super) fn whole(&self, audience: Audience, whole: &Profile) -> Option<&Profile> {
+        let all = self.those_in(audience).flat_map(|mirror| mirror.wholes.values());
         let all: Vec<&Profile> = all.filter(|its| its.is_same(whole)).collect();
         // One of several containers is the first to have what is new.
         all.iter().find(|its| **its == whole).or(all.first()).copied()
     }
 
-    /// The last event of a device that those in this network namespace were told of.
-    pub(super) fn last_told(&self, network: NetworkId, name: &str) -> u64 {
-        self.those_in(network).filter_map(|mirror| mirror.told.get(name).copied()).max().unwrap_or(0)
+    /// The last event of a device that this audience was told of.
+    pub(super) fn last_told(&self, audience: Audience, name: &str) -> u64 {
+        self.those_in(audience).filter_map(|mirror| mirror.told.get(name).copied()).max().unwrap_or(0)
     }
 
-    fn those_in(&self, network: NetworkId) -> impl Iterator<Item = &Mirror> {
-        self.all.values().filter(move |mirror| mirror.whose.network == Some(network))
+    fn those_in(&self, audience: Audience) -> impl Iterator<Item = &Mirror> {
+        self.all.values().filter(move |mirror| mirror.audience() == Some(audience))
     }
+}
+
+fn root_of(holder: &Holder) -> Option<u32> {
+    network::root_of(holder.pid, "uid_map")
 }
 
 impl Executor {
@@ -139,7 +163,10 @@ impl Executor {
             Ok((view, whose)) => {
                 let from_hook = view.entries();
                 let (shown, wholes, told) = Default::default();
-                self.mirrors.all.insert(holder.id.clone(), Mirror { view, whose, shown, wholes, told, from_hook });
+                self.mirrors.all.insert(
+                    holder.id.clone(),
+                    Mirror { view, root: root_of(holder), whose, shown, wholes, told, from_hook },
+                );
                 return true;
             }
             Err(Error::ContainerExited(_)) => {}

@@ -3,6 +3,7 @@
 use crate::core::ledger::Holder;
 use crate::core::mirror::{Profile, Shown, Told};
 use crate::ops::Executor;
+use crate::ops::mirrors::Mirror;
 use crate::sys::udev;
 
 impl Executor {
@@ -16,10 +17,10 @@ impl Executor {
         if let Some(before) = mirror.wholes.get(&name).filter(|before| !before.is_same(whole)).cloned() {
             self.strike_whole(holder, &before);
         }
-        let Some(network) = self.mirrors.all.get(&holder.id).map(|mirror| mirror.whose.network) else { return };
+        let Some(audience) = self.mirrors.all.get(&holder.id).map(Mirror::audience) else { return };
         // Those who listen to the namespace of several containers hear each event once.
-        let known = network.and_then(|network| self.mirrors.whole(network, whole)).cloned();
-        let last = network.map_or(0, |network| self.mirrors.last_told(network, &name));
+        let known = audience.and_then(|audience| self.mirrors.whole(audience, whole)).cloned();
+        let last = audience.map_or(0, |audience| self.mirrors.last_told(audience, &name));
         let is_news = |told: &&Told| told.sequence > last && (known.is_some() || told.sequence > latest);
         let news: Vec<_> = told.iter().filter(is_news).map(|told| (told.action, told.sequence)).collect();
         let Some(mirror) = self.mirrors.all.get_mut(&holder.id) else { return };
@@ -63,7 +64,7 @@ impl Executor {
         {
             tracing::warn!(container = holder.label(), "{name} is still shown: {error}");
         }
-        if mirror.whose.network.is_some_and(|network| self.mirrors.whole(network, whole).is_none()) {
+        if mirror.audience().is_some_and(|audience| self.mirrors.whole(audience, whole).is_none()) {
             self.tell(holder, whole, &[("remove", udev::sequence())]);
         }
     }

@@ -129,10 +129,7 @@ pub fn add(
                 container.annotations.entry(key).or_insert(value);
             }
         }
-        Err(reason) => tracing::warn!(
-            container = container.label(),
-            "labels ignored: {reason}; annotations ask as well, or [[container]] in the configuration"
-        ),
+        Err(reason) => tracing::debug!(container = container.label(), "labels ignored: {reason}"),
     }
 }
 

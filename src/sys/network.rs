@@ -132,7 +132,7 @@ fn belongs_to_the_first(namespace: &File) -> bool {
 }
 
 /// Whom id 0 in the user namespace of a process stands for here.
-fn root_of(pid: u32, map: &str) -> Option<u32> {
+pub(crate) fn root_of(pid: u32, map: &str) -> Option<u32> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/{map}")).unwrap_or_default();
     let lines = text.lines().map(|line| line.split_whitespace().map(|number| number.parse::<u32>()));
     let mut roots = lines.filter_map(|mut numbers| match (numbers.next()?.ok()?, numbers.next()?.ok()?) {

@@ -219,7 +219,7 @@ fn sees_it_in_time(listener: &Listeners<'_>, program: &str, name: &str, on_host:
     let looks = listener.looks(program);
     let (plugged, unplugged) = (when(on_host, "add", name), when(on_host, "remove", name));
     for (what, from, to, is_there) in [("plug", plugged, unplugging, true), ("unplug", unplugged, f64::MAX, false)] {
-        let its: Vec<Look> = looks.iter().copied().filter(|look| (from..to).contains(&look.begun)).collect();
+        let its: Vec<Look> = looks.iter().copied().filter(|look| look.begun >= from && look.ended < to).collect();
         let (saw, missed): (Vec<&Look>, Vec<&Look>) = its.iter().partition(|look| look.is_there == is_there);
         assert!(!saw.is_empty(), "{program} was not run after the {what}: {looks:#?}");
         let latest = missed.iter().map(|look| look.begun - from).fold(0.0, f64::max);

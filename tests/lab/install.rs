@@ -164,7 +164,8 @@ fn refusals_are_told(vm: &Vm, containers: &[Container<'_>]) {
         assert!(journal.contains("refused c 4:3 /dev/tty3 (rw)"), "{journal}");
     }
     let stick = plug_stick(vm, "LAB1", "/dev/ttyUSB0");
-    let lines = ["was plugged in, for ", "was granted /dev/ttyUSB0 (rule:ttyUSB, "];
+    let lines =
+        ["/dev/ttyUSB0 (c 188:0) was plugged in, for unit-crun, unit-runc ", "was granted /dev/ttyUSB0 (rule:ttyUSB, "];
     for line in lines {
         vm.wait_ok(line, SOON, &format!("grep -F '{line}' /run/qmh-told"));
     }

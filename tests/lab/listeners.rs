@@ -77,8 +77,10 @@ impl<'a> Listeners<'a> {
     #[track_caller]
     pub(crate) fn looks(&self, program: &str) -> Vec<Look> {
         let look = |line: &str| {
-            let (begun, said) = line.split_once(' ').expect("a time and what was seen");
-            Look { begun: begun.parse().expect("seconds"), is_there: said == "there" }
+            let mut words = line.splitn(3, ' ');
+            let mut word = || words.next().expect("two times and what was seen");
+            let mut time = || word().parse().expect("seconds");
+            Look { begun: time(), ended: time(), is_there: word() == "there" }
         };
         self.vm.ok(&format!("cat {}", self.file(program))).lines().map(look).collect()
     }
@@ -111,6 +113,8 @@ impl<'a> Listeners<'a> {
 pub(crate) struct Look {
     /// When it was begun, in seconds since the boot.
     pub(crate) begun: f64,
+    /// When it ended.
+    pub(crate) ended: f64,
     /// Whether it showed the device.
     pub(crate) is_there: bool,
 }

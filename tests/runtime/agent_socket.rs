@@ -285,14 +285,15 @@ fn operators_may_what_root_lets_them(runtime: &str) {
     assert_eq!(grants().len(), 1);
     let log = agent.log();
     for line in [
-        format!("may not attach {} to {}", device.path, c.name),
-        format!("may not attach {} to {}", device.path, foreign.name),
-        format!("may not attach {} to {} for good", device.path, c.name),
-        format!("may not detach {} from {}", device.path, c.name),
-        format!("may not open the devices of {}", c.name),
-        "may not have the configuration read again".to_owned(),
+        format!("attach {} to {}", device.path, c.name),
+        format!("attach {} to {}", device.path, foreign.name),
+        format!("attach {} to {} for good", device.path, c.name),
+        format!("detach {} from {}", device.path, c.name),
+        format!("open the devices of {}", c.name),
+        "have the configuration read again".to_owned(),
     ] {
-        let is_it = |its: &str| its.contains(&line) && its.contains("uid 6100") && its.contains("(pid ");
+        let whole = format!(") may not {line} container=\"uid 6100");
+        let is_it = |its: &str| its.contains(&whole) && its.contains("(pid ");
         assert!(log.lines().any(is_it), "{line}: {log}");
     }
     // Nobody is told of what he may not see, and a link of his own leads nowhere.

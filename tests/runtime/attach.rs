@@ -264,6 +264,8 @@ fn a_dry_run_tells_and_does_nothing(runtime: &str) {
     assert_eq!(dry(&for_good), "would write down /dev/x for restarts\n");
     qm(&for_good).ok();
     assert_eq!(dry(&for_good), "nothing would be done\n");
+    let by_selector = ["attach", &*c.name, &*format!("devname={}", device.path), "/dev/x", "--persist"];
+    assert_eq!(dry(&by_selector), "would write down /dev/x for restarts\n", "in other words");
     let lines = dry(&["detach", &c.name, "/dev/x"]);
     assert!(lines.starts_with("would strike /dev/x from what is kept for restarts\nwould write into"), "{lines}");
     qm(&["detach", &c.name, "/dev/x"]).ok();

@@ -12,6 +12,10 @@ pub(crate) const CASES: &[Case] = &[
     ("mirror::what_is_attached_is_heard_too", what_is_attached_is_heard_too),
     ("mirror::a_container_sees_it_from_its_start", a_container_sees_it_from_its_start),
     ("mirror::those_who_share_a_network_hear_it_once", those_who_share_a_network_hear_it_once),
+    (
+        "mirror::one_with_a_udevd_in_the_same_network_takes_nothing_from_the_others",
+        one_with_a_udevd_in_the_same_network_takes_nothing_from_the_others,
+    ),
     ("mirror::the_next_agent_goes_on", the_next_agent_goes_on),
     ("mirror::who_does_not_want_it_has_none_of_it", who_does_not_want_it_has_none_of_it),
     ("mirror::a_udevd_of_its_own_has_its_way", a_udevd_of_its_own_has_its_way),
@@ -172,6 +176,36 @@ fn those_who_share_a_network_hear_it_once(runtime: &str) {
     assert!(inside.is_silent());
     let heard: Vec<_> = std::iter::from_fn(|| outside.event()).map(|(action, _)| action).collect();
     assert_eq!(heard, ["add", "change"], "the host's own network hears udevd itself, each once, and not us");
+}
+
+/// It hears its own udevd, and is told nothing of udev's; the other one is.
+fn one_with_a_udevd_in_the_same_network_takes_nothing_from_the_others(runtime: &str) {
+    let udevd = Udevd::start();
+    let own = place_with_control();
+    let _agent = Agent::start();
+    let c = Container::start(runtime, "qmh-pod-c", &RULE);
+    let network = format!("container:{}", c.name);
+    let volume = format!("{own}:/run/udev");
+    let with_own = [&RULE[..], &["--network", &network, "-v", &volume]].concat();
+    let other = Container::start(runtime, "qmh-pod-d", &with_own);
+    wait_for("/run/udev", || c.sh("test -e /run/udev/control").code == 0);
+    let inside = Listener::start(c.pid(), Group::Udev(&["vc"]));
+    let device = console(43);
+    // Early, since it has a udevd.
+    wait_for("the early one", || other.opens("<>", &device.path));
+    udevd.record("c7:171", RECORD);
+    let devpath = devpath(&device.path);
+    for action in ["add", "change"] {
+        udevd.tell(action, &devpath);
+        assert_eq!(inside.event(), event(action, &device.path));
+        assert!(inside.is_silent(), "each once");
+    }
+    // Said again, as by `udevadm trigger --action=add`, it is there all the same.
+    udevd.tell("add", &devpath);
+    assert!(inside.is_silent(), "added once");
+    device.unplug();
+    assert_eq!(inside.event(), event("remove", &device.path));
+    assert!(inside.is_silent());
 }
 
 fn the_next_agent_goes_on(runtime: &str) {
