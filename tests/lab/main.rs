@@ -62,7 +62,7 @@ fn cases() -> impl Iterator<Item = Case> {
     let is_bookworm = std::env::var("QMH_LAB_RELEASE").as_deref() == Ok("bookworm");
     let in_bookworm = |cases: &'static [Case]| if is_bookworm { cases } else { &[] };
     let in_trixie = |cases: &'static [Case]| if is_bookworm { &[] } else { cases };
-    // Long ones are in one of the releases. Trixie's Podman finds no CRIU; bookworm has no Incus, and its policy of SELinux
+    // Long ones are in one of the releases, so that both take the same time. Trixie's Podman finds no CRIU; bookworm has no Incus, and its policy of SELinux
     // no containers.
     [
         smoke::CASES,
@@ -80,9 +80,9 @@ fn cases() -> impl Iterator<Item = Case> {
         in_bookworm(seat::CASES),
         // Bookworm's systemd has no client for it.
         in_trixie(varlink::CASES),
-        in_trixie(select::CASES),
-        in_trixie(select_options::CASES),
-        in_trixie(select_ask::CASES),
+        in_bookworm(select::CASES),
+        in_bookworm(select_options::CASES),
+        in_bookworm(select_ask::CASES),
         rootless::CASES,
         runtimes::CASES,
         // Bookworm's Podman knows no quadlets.
